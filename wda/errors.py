@@ -1,0 +1,51 @@
+"""The family of errors a user can meet.
+
+Every message is one line that says what came, where, what is allowed and what to do next; the
+command line prints it without a traceback and exits with 1. Anything else that escapes is a bug.
+"""
+
+from collections.abc import Iterable, Sequence
+
+
+class WdaError(Exception):
+    """Something the user can mend; its text says what and how."""
+
+
+class LocationError(WdaError):
+    """A location that cannot be understood or does not exist."""
+
+
+class CheckpointError(WdaError):
+    """A checkpoint that cannot be read, or whose tensors cannot be right."""
+
+
+class PairingError(WdaError):
+    """Checkpoint and base do not fit together."""
+
+
+class SelectionError(WdaError):
+    """A choice of matrices that selects nothing."""
+
+
+class ManifestError(WdaError):
+    """A manifest or recipe with wrong fields."""
+
+
+class TableError(WdaError):
+    """A saved table that lacks what is needed."""
+
+
+class OutputError(WdaError):
+    """A place that cannot be written to."""
+
+
+class MissingExtraError(WdaError):
+    """A feature whose optional dependencies are not installed."""
+
+
+def listing(names: Iterable[object], most: int = 12) -> str:
+    """Join names for a message, cutting a long list but telling how long it is."""
+    shown: Sequence[str] = [str(name) for name in names]
+    if len(shown) <= most:
+        return ", ".join(shown)
+    return ", ".join(shown[:most]) + f", … ({len(shown)} in all)"

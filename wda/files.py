@@ -1,0 +1,79 @@
+"""Writing files so that they appear whole or not at all, and telling what bytes a file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wda.errors import OutputError
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Give a scratch folder whose files move into ``out`` when the block ends well.
+
+    When it ends badly nothing has moved, and a folder made for it is taken away again.
+
+    Raises
+    ------
+    OutputError
+        When ``out`` cannot be written to, or the disk is full.
+    """
+    first_new = _first_missing(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".wda-", dir=out))
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be written to: {error.strerror}; choose another folder"
+        ) from None
+    try:
+        yield scratch
+        for file in sorted(scratch.iterdir()):
+            file.replace(out / file.name)
+        first_new = None
+    except OSError as error:
+        # A full disk names no file; an error about a file elsewhere is not ours to explain.
+        if error.filename is not None and not str(error.filename).startswith(str(out)):
+            raise
+        raise OutputError(
+            f"{out}: writing failed: {error.strerror}; make room or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if first_new is not None:
+            shutil.rmtree(first_new, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        When the place cannot be written to.
+    """
+    with staged_folder(path.parent) as scratch:
+        (scratch / path.name).write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Give the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(paths: Iterable[Path]) -> list[dict[str, object]]:
+    """Tell name, size and SHA-256 of each file."""
+    return [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths]
+
+
+def _first_missing(folder: Path) -> Path | None:
+    """Give the topmost folder of a path that does not exist yet."""
+    missing = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
+    return missing[-1] if missing else None

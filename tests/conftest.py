@@ -1,0 +1,108 @@
+"""Shape checks at test time, and small models that the tests build themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from safetensors.torch import save_file
+
+# Every jaxtyping annotation in these rooms is checked while the tests run; it costs users nothing.
+install_import_hook(
+    ["wda.decomposition", "wda.updates", "wda.adapters.lora", "wda.adapters.dora"],
+    "beartype.beartype",
+)
+mpl.use("Agg")
+
+# Hidden size 12, value size 8: no matrix of the pico model is square, so no transpose goes unseen.
+PICO_SHAPES = {
+    "query": (10, 12),
+    "key": (10, 12),
+    "value": (8, 12),
+}
+PICO_LAYERS = 3
+
+
+def pico_weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Weights of a BERT-like encoder, enough of one to be compared."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"embeddings.word_embeddings.weight": torch.randn(40, 12, generator=generator)}
+    for layer in range(PICO_LAYERS):
+        for name, shape in PICO_SHAPES.items():
+            path = f"encoder.layer.{layer}.attention.self.{name}"
+            tensors[f"{path}.weight"] = torch.randn(shape, generator=generator)
+            tensors[f"{path}.bias"] = torch.zeros(shape[0])
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def moved(weights: dict[str, torch.Tensor], size: float, seed: int) -> dict[str, torch.Tensor]:
+    """Give weights with a random change of relative size ``size`` in every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (t + size * torch.randn(t.shape, generator=generator)).to(t.dtype)
+        for name, t in weights.items()
+    }
+
+
+def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return folder
+
+
+def save_pico_adapter(
+    folder: Path, method: str = "lora", seed: int = 0, rank: int = 3, **config: object
+) -> dict[str, torch.Tensor]:
+    """Write an adapter for query and value of the pico model, by hand, and give its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    base = pico_weights()
+    tensors = {}
+    for layer in range(PICO_LAYERS):
+        for name in ("query", "value"):
+            out, features = PICO_SHAPES[name]
+            module = f"encoder.layer.{layer}.attention.self.{name}"
+            path = f"base_model.model.{module}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(rank, features, generator=generator)
+            tensors[f"{path}.lora_B.weight"] = 0.1 * torch.randn(out, rank, generator=generator)
+            if method == "dora":
+                norm = base[f"{module}.weight"].norm(dim=1)
+                noise = 0.05 * torch.randn(out, generator=generator)
+                tensors[f"{path}.lora_magnitude_vector"] = norm * (1 + noise)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 5,
+        "use_dora": method == "dora",
+        "base_model_name_or_path": None,
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return tensors
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A pico base model on disk."""
+    return save_model(tmp_path / "base", pico_weights())
+
+
+@pytest.fixture
+def runs(tmp_path: Path, base: Path) -> dict[str, Path]:
+    """Pico runs on disk: ft, lora and dora, three checkpoints each."""
+    folders = {}
+    for method in ("ft", "lora", "dora"):
+        folders[method] = tmp_path / "runs" / method
+        for i, step in enumerate((9, 10, 100)):
+            folder = folders[method] / f"checkpoint-{step}"
+            if method == "ft":
+                save_model(folder, moved(pico_weights(), 0.02 * (i + 1), seed=i))
+            else:
+                save_pico_adapter(folder, method, seed=i, base_model_name_or_path=str(base))
+    return folders

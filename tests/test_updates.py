@@ -1,0 +1,114 @@
+"""Closed forms of updates against 50-digit arithmetic on the merged weight."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+
+from wda import engine, updates
+from wda.decomposition import decomposition
+from wda.updates import Dense, LowRank, Update, WeightDecomposed
+
+OUT, IN, RANK, SCALING = 6, 9, 3, 5 / 3
+
+
+def parts(size: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    w0 = torch.randn(OUT, IN, generator=generator)
+    A = torch.randn(RANK, IN, generator=generator)
+    B = size * torch.randn(OUT, RANK, generator=generator)
+    return w0, A, B
+
+
+def measured(w0: torch.Tensor, update: Update, per: str) -> tuple[float, float]:
+    (move,) = engine.displacements(w0, [update], per)  # type: ignore[arg-type]
+    d = decomposition(move)
+    return d.delta_m, d.delta_d
+
+
+def truth(w0: torch.Tensor, wt: list[list[object]], per: str) -> tuple[float, float]:
+    start = oracle.vectors(w0, per)
+    return oracle.deltas(start, wt if per == "output" else oracle.transposed(wt))
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-6])
+def test_low_rank(size: float, per: str) -> None:
+    w0, A, B = parts(size)
+    got = measured(w0, LowRank(A, B, SCALING), per)
+    assert got == pytest.approx(truth(w0, oracle.low_rank_weight(w0, A, B, SCALING), per), rel=1e-8)
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-6])
+def test_weight_decomposed(size: float, per: str) -> None:
+    w0, A, B = parts(size)
+    magnitude = w0.norm(dim=1) * (1 + torch.linspace(-0.2, 0.3, OUT))
+    magnitude[2] *= -1  # nothing stops training from taking one through zero
+    wt = oracle.weight_decomposed(oracle.low_rank_weight(w0, A, B, SCALING), magnitude)
+    got = measured(w0, WeightDecomposed(LowRank(A, B, SCALING), magnitude), per)
+    assert got == pytest.approx(truth(w0, wt, per), rel=1e-7)
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_dense(per: str) -> None:
+    w0, A, B = parts(1e-3)
+    wt = w0 + SCALING * B @ A
+    got = measured(w0, Dense(wt), per)
+    assert got == pytest.approx(truth(w0, oracle.vectors(wt, "output"), per), rel=1e-8)
+
+
+def test_terms_that_cancel_are_computed_directly() -> None:
+    """A converted adapter holds [B, −B0]·[A; A0]: two large products, a small difference."""
+    w0, A, B = parts(1.0)
+    A2 = torch.cat([A, A])
+    B2 = torch.cat([B, -B * (1 + 1e-6)], dim=1)
+    got = measured(w0, LowRank(A2, B2, SCALING), "output")
+    assert got == pytest.approx(
+        truth(w0, oracle.low_rank_weight(w0, A2, B2, SCALING), "output"), rel=1e-8
+    )
+
+
+def test_an_update_along_w0_changes_no_direction() -> None:
+    w0, _, _ = parts(1.0)
+    B = torch.diag(torch.linspace(0.1, 0.6, OUT))
+    delta_m, delta_d = measured(w0, LowRank(w0, B, 1.0), "output")
+    assert delta_d < 1e-16
+    expected = (torch.linspace(0.1, 0.6, OUT) * w0.norm(dim=1)).double().mean()
+    assert delta_m == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_an_untrained_adapter_changes_nothing() -> None:
+    w0, A, B = parts(0.0)
+    assert measured(w0, LowRank(A, B, SCALING), "output") == (0.0, 0.0)
+    magnitude = w0.double().norm(dim=1)
+    delta_m, delta_d = measured(w0, WeightDecomposed(LowRank(A, B, SCALING), magnitude), "output")
+    assert delta_m < 1e-15
+    assert delta_d == 0
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w0, A, B = parts(1e-2)
+    low_rank = LowRank(A, B, SCALING)
+    chosen = [
+        Dense(w0 + B @ A),
+        low_rank,
+        WeightDecomposed(low_rank, w0.norm(dim=1) * 1.1),
+    ]
+    whole = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
+    monkeypatch.setattr(updates, "BLOCK_ELEMENTS", 2 * IN)
+    assert len(list(updates.row_blocks((OUT, IN)))) == 3
+    cut = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
+    for one, other in zip(whole, cut, strict=True):
+        assert torch.allclose(one.magnitude_change, other.magnitude_change, rtol=1e-12)
+        assert torch.allclose(one.direction_change, other.direction_change, rtol=1e-12)
+
+
+def test_low_rank_never_forms_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    w0, A, B = parts(1e-2)
+    monkeypatch.setattr(updates, "displacement", None)  # what a formed δ would be given to
+    for per in ("output", "input"):
+        measured(w0, LowRank(A, B, SCALING), per)
+    measured(w0, WeightDecomposed(LowRank(A, B, SCALING), w0.norm(dim=1)), "output")

@@ -1,0 +1,49 @@
+"""What is on disk, read as checkpoints. A new layout is a new module and a name in ``LAYOUTS``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wda.checkpoints.checkpoint import Checkpoint
+from wda.checkpoints.full import WEIGHT_FILES, FullCheckpoint
+from wda.checkpoints.peft import ADAPTER_FILES, PeftCheckpoint
+from wda.errors import CheckpointError
+
+__all__ = ["LAYOUTS", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpoint"]
+
+# The first layout that recognises a folder reads it; the more telling ones come first.
+LAYOUTS: tuple[type[Checkpoint], ...] = (PeftCheckpoint, FullCheckpoint)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint of any layout.
+
+    Raises
+    ------
+    CheckpointError
+        When no layout recognises the folder, or it is damaged.
+    """
+    for layout in LAYOUTS:
+        checkpoint = layout.open(path)
+        if checkpoint is not None:
+            return checkpoint
+    held = sorted(item.name for item in path.iterdir())[:6] if path.is_dir() else ["a file"]
+    raise CheckpointError(
+        f"{path}: no checkpoint here; expected checkpoint-<step> folders, "
+        f"{', '.join(WEIGHT_FILES)}, or adapter_config.json with {ADAPTER_FILES[0]}; "
+        f"found {', '.join(held) or 'an empty folder'}"
+    )
+
+
+def open_base(path: Path) -> FullCheckpoint:
+    """Open the pre-trained model that checkpoints are compared with.
+
+    Raises
+    ------
+    CheckpointError
+        When it is not a whole model.
+    """
+    base = open_checkpoint(path)
+    if not isinstance(base, FullCheckpoint):
+        raise CheckpointError(f"{path}: is a {base.layout}; the base must be a whole model")
+    return base

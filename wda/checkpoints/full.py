@@ -1,0 +1,63 @@
+"""Full weights in Hugging Face's layout: safetensors or ``.bin``, in one file or in shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from wda.checkpoints.checkpoint import Checkpoint
+from wda.checkpoints.tensors import Tensors, first_file, open_tensors
+from wda.errors import CheckpointError
+from wda.naming import Matrix
+from wda.updates import Dense
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class FullCheckpoint(Checkpoint):
+    """A whole model: the base itself, or the result of full fine-tuning."""
+
+    layout = "Hugging Face model"
+    method = "ft"
+
+    def __init__(self, path: Path, tensors: Tensors) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.files = tensors.files
+        self.modules = frozenset(
+            name.removesuffix(".weight")
+            for name, entry in tensors.items()
+            if name.endswith(".weight") and len(entry.shape) == 2
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Self | None:
+        """Open a model folder or a single weight file."""
+        file = path if path.is_file() else first_file(path, *WEIGHT_FILES)
+        if file is None or not file.name.endswith((".safetensors", ".bin", ".index.json")):
+            return None
+        tensors = open_tensors(file)
+        if any(".lora_" in name for name in tensors):
+            raise CheckpointError(
+                f"{file}: holds adapter weights (lora_…) under the name of a whole model and no "
+                "adapter_config.json that gives their scaling; save it with save_pretrained()"
+            )
+        return cls(path, tensors)
+
+    def holds_all(self) -> bool:
+        """Tell that an absent matrix is missing: a whole model holds all of them."""
+        return True
+
+    def stored_shape(self, module: str, matrix: Matrix) -> tuple[int, int]:
+        """Give the shape of the stored weight, brought to (out_features, in_features)."""
+        rows, features = self.tensors[f"{module}.weight"].shape
+        return (features, rows) if matrix.stored_transposed else (rows, features)
+
+    def update(self, module: str, matrix: Matrix) -> Dense:
+        """Give Wt as it is stored."""
+        return Dense(matrix.take(self.tensors.read(f"{module}.weight")))

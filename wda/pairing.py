@@ -1,0 +1,155 @@
+"""Which matrix of the base each matrix of each checkpoint belongs to, and what fits nowhere.
+
+Everything is paired by name. A tensor that is missing where it must be, or has another shape, is
+an error that names all of them; none is ever taken for unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wda.checkpoints import FullCheckpoint
+from wda.errors import PairingError, SelectionError, listing
+from wda.naming import Matrix, align, find_matrices, select
+from wda.runs import Member
+from wda.updates import Update
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the update of one matrix comes from: a checkpoint, and its name for the module."""
+
+    member: Member
+    module: str
+
+    def update(self, matrix: Matrix) -> Update:
+        """Read the update."""
+        return self.member.checkpoint.update(self.module, matrix)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """One matrix of the base and every update of it."""
+
+    matrix: Matrix
+    sources: tuple[Source, ...]
+
+
+def pair(
+    base: FullCheckpoint, members: Sequence[Member], wanted: Sequence[str]
+) -> tuple[list[Pairing], list[str]]:
+    """Pair the wanted matrices of the base with the checkpoints.
+
+    Parameters
+    ----------
+    base : FullCheckpoint
+        The pre-trained model.
+    members : sequence of Member
+        All checkpoints of all runs.
+    wanted : sequence of str
+        Labels, last names or ``re:`` patterns; see :func:`wda.naming.select`.
+
+    Returns
+    -------
+    pairings : list of Pairing
+        In the base's order.
+    notes : list of str
+        What was left out and why, for the user to read.
+
+    Raises
+    ------
+    SelectionError
+        When a word selects no matrix of the base, or nothing of one of the runs.
+    PairingError
+        When tensors are missing on either side or have other shapes.
+    """
+    names = [_names_in_base(member, base) for member in members]
+    selected = select(_base_matrices(base, members, names), wanted)
+    sources: dict[Matrix, list[Source]] = {matrix: [] for matrix in selected}
+    notes: list[str] = []
+    problems: list[str] = []
+    for member, in_base in zip(members, names, strict=True):
+        held = [matrix for matrix in selected if matrix.module in in_base]
+        problems.extend(_problems(member, in_base, base, selected))
+        if not held and not member.checkpoint.holds_all():
+            changed = {m.label for m in find_matrices(base.tensors.shapes) if m.module in in_base}
+            raise SelectionError(
+                f"{member.checkpoint.path}: this adapter changes none of the matrices "
+                f"{', '.join(wanted)}; it changes {listing(sorted(changed))}; choose those"
+            )
+        notes.extend(_notes(member, held, selected))
+        for matrix in held:
+            sources[matrix].append(Source(member, in_base[matrix.module]))
+    if problems:
+        raise PairingError(
+            f"checkpoints and base do not fit ({len(problems)} found): " + "; ".join(problems)
+        )
+    pairings = [Pairing(matrix, tuple(found)) for matrix, found in sources.items() if found]
+    return pairings, list(dict.fromkeys(notes))
+
+
+def _names_in_base(member: Member, base: FullCheckpoint) -> dict[str, str]:
+    """Map the base's name of every module a checkpoint holds to the checkpoint's own."""
+    try:
+        rename = align(member.checkpoint.modules, base.modules)
+    except PairingError as error:
+        raise PairingError(f"{member.checkpoint.path} and base {base.path}: {error}") from None
+    return {rename(module): module for module in sorted(member.checkpoint.modules)}
+
+
+def _base_matrices(
+    base: FullCheckpoint, members: Sequence[Member], names: Sequence[dict[str, str]]
+) -> list[Matrix]:
+    """List the base's matrices; whether one is stored transposed an adapter may know."""
+
+    def says_transposed(module: str, stored: tuple[int, int]) -> bool:
+        return any(
+            module in in_base and member.checkpoint.says_transposed(in_base[module], stored)
+            for member, in_base in zip(members, names, strict=True)
+        )
+
+    return find_matrices(base.tensors.shapes, says_transposed)
+
+
+def _problems(
+    member: Member, in_base: dict[str, str], base: FullCheckpoint, selected: Sequence[Matrix]
+) -> list[str]:
+    """Say what of a checkpoint the base lacks, what it lacks itself, what has another shape."""
+    checkpoint, problems = member.checkpoint, []
+    unknown = [
+        module
+        for name, module in in_base.items()
+        if module in checkpoint.required and name not in base.modules
+    ]
+    if unknown:
+        problems.append(f"changes {listing(unknown, 6)}, which the base does not have")
+    missing = [matrix for matrix in selected if matrix.module not in in_base]
+    if missing and checkpoint.holds_all():
+        problems.append(f"lacks {listing(missing, 6)}, which the base has")
+    for matrix in selected:
+        if matrix.module in in_base:
+            module = in_base[matrix.module]
+            shape, expected = checkpoint.stored_shape(module, matrix), matrix.stored_shape
+            if shape != expected:
+                problems.append(
+                    f"{module} is {shape[0]}×{shape[1]}, in the base {expected[0]}×{expected[1]} "
+                    "(out×in)"
+                )
+    return [f"{checkpoint.path}: {problem}" for problem in problems]
+
+
+def _notes(member: Member, held: Sequence[Matrix], selected: Sequence[Matrix]) -> list[str]:
+    """Say what of the selection an adapter leaves alone, and which of its tensors mean nothing."""
+    notes = []
+    untouched = [matrix for matrix in selected if matrix not in held]
+    if untouched and not member.checkpoint.holds_all():
+        labels = sorted({matrix.label for matrix in untouched})
+        notes.append(
+            f"{member.run}: the adapter leaves {len(untouched)} of the {len(selected)} matrices "
+            f"alone ({listing(labels)}); they have no row"
+        )
+    if member.checkpoint.unread:
+        unread = listing(member.checkpoint.unread, 4)
+        notes.append(f"{member.run}: tensors that were not read: {unread}")
+    return notes

@@ -1,0 +1,90 @@
+"""A run's checkpoints, found on disk and opened."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from wda.checkpoints import Checkpoint, open_checkpoint
+from wda.errors import CheckpointError, LocationError, listing
+from wda.locations import resolve
+from wda.manifest import Run
+
+RECIPE_FILE = "recipe.yaml"
+
+_STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One opened checkpoint of a run.
+
+    Attributes
+    ----------
+    run, method : str
+        Name of the run, and how it was trained.
+    seed, step : int or None
+        The run's seed and the checkpoint's training step, where known.
+    checkpoint : Checkpoint
+        What was found on disk.
+    """
+
+    run: str
+    method: str
+    seed: int | None
+    step: int | None
+    checkpoint: Checkpoint
+
+
+def open_run(run: Run) -> list[Member]:
+    """Open the checkpoints of a run, in order of their steps.
+
+    Raises
+    ------
+    LocationError
+        When the folder does not exist.
+    CheckpointError
+        When a checkpoint cannot be read, or steps the manifest names are not there.
+    """
+    try:
+        folder = resolve(run.path)
+    except LocationError as error:
+        raise LocationError(f"run {run.name!r}: {error}") from None
+    seed = run.seed if run.seed is not None else _recorded_seed(folder)
+    opened = [open_checkpoint(path) for path in step_folders(folder, run)]
+    return [Member(run.name, run.method or c.method, seed, c.step, c) for c in opened]
+
+
+def step_folders(folder: Path, run: Run) -> list[Path]:
+    """Give the ``checkpoint-<step>`` folders a run uses, or the folder itself if it has none.
+
+    A model saved beside such folders is left alone: a trainer saves its last checkpoint there once
+    more.
+    """
+    children = folder.iterdir() if folder.is_dir() else ()
+    by_step = {int(m.group(1)): f for f in children if (m := _STEP_FOLDER.fullmatch(f.name))}
+    if not by_step:
+        return [folder]
+    absent = sorted(set(run.steps or ()) - set(by_step))
+    if absent:
+        raise CheckpointError(
+            f"run {run.name!r}: {folder} has no checkpoint for steps {listing(absent)}; "
+            f"it has {listing(sorted(by_step))}"
+        )
+    return [by_step[step] for step in sorted(by_step) if run.steps is None or step in run.steps]
+
+
+def _recorded_seed(folder: Path) -> int | None:
+    """Give the seed of the recipe that ``wda train`` saves beside a run."""
+    recipe = folder / RECIPE_FILE
+    if not recipe.is_file():
+        return None
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    seed = content.get("seed") if isinstance(content, dict) else None
+    return seed if isinstance(seed, int) else None

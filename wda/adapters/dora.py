@@ -1,0 +1,70 @@
+"""DoRA: y = m ⊙ V·x/‖V‖ with V = W0 + s·B·A (arXiv 2402.09353, Eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wda.adapters.lora import LoRALinear
+from wda.updates import inner_products
+
+
+class DoRALinear(LoRALinear):
+    """A linear layer whose weight is trained as magnitude and low-rank direction.
+
+    m starts at ‖W0‖, one number per output feature, so that the layer starts as the one it wraps,
+    to the last bit.
+
+    Parameters
+    ----------
+    base : nn.Linear
+        The layer to wrap; its parameters are frozen.
+    rank : int
+        r, the rank of the direction's update.
+    scaling : float
+        s, the factor in front of B·A.
+    full_gradient : bool
+        Whether ‖V‖ is differentiated too (Eq. 6); by default it is held constant (Eq. 11), which
+        needs less memory.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, scaling: float, full_gradient: bool = False
+    ) -> None:
+        super().__init__(base, rank, scaling)
+        self.full_gradient = full_gradient
+        self._squared_norm = torch.empty(0)
+        self._squared_norm_of: tuple[torch.dtype, torch.device, int] | None = None
+        self.magnitude = nn.Parameter(self.direction_norm().detach())
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+        """Apply m ⊙ (W0 + s·B·A)/‖W0 + s·B·A‖, and the bias.
+
+        κ = m/‖V‖ stays near 1; adding (κ − 1)·W0·x to the frozen layer's own output keeps digits
+        in half precision that κ·(W0·x + …) would lose, and changes no bit while κ is 1.
+        """
+        scale = self.magnitude / self.direction_norm()
+        out, bias = self.base_layer(x), self.base_layer.bias
+        frozen = out if bias is None else out - bias
+        change = (scale - 1) * frozen + scale * self._low_rank(x)
+        return out + change.to(out.dtype)  # type: ignore[no-any-return]
+
+    def direction_norm(self) -> Float[Tensor, "out"]:
+        """‖V‖ of every output feature, without forming V."""
+        weight = self.base_layer.weight
+        differentiate = self.full_gradient and torch.is_grad_enabled()
+        # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
+        precise = torch.autocast(weight.device.type, enabled=False)
+        with torch.set_grad_enabled(differentiate), precise:
+            c, g = inner_products(weight, self.A, self.B, self.scaling)
+            return (self._frozen_squared_norm() + 2 * c + g).sqrt()
+
+    def _frozen_squared_norm(self) -> Float[Tensor, "out"]:
+        """‖W0‖², computed once for as long as W0 stays what and where it is."""
+        weight = self.base_layer.weight
+        current = (weight.dtype, weight.device, weight._version)
+        if self._squared_norm_of != current:
+            self._squared_norm = weight.detach().square().sum(dim=1)
+            self._squared_norm_of = current
+        return self._squared_norm

@@ -1,0 +1,164 @@
+"""One training, from a recipe to a folder of checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from wda.checkpoints import open_base
+from wda.errors import MissingExtraError, OutputError
+from wda.files import describe, write_text
+from wda.locations import resolve
+from wda.progress import progress_bar
+from wda.provenance import provenance
+from wda.runs import RECIPE_FILE
+from wda.training.recipe import Recipe
+
+RESULT_FILE = "result.json"
+
+
+class TrainingResult(BaseModel):
+    """What a finished training came to.
+
+    Attributes
+    ----------
+    accuracy : float
+        Share of the held-out texts that are classified right, 0 to 1.
+    loss : float
+        Mean cross-entropy on them.
+    n_held_out : int
+        How many they are.
+    trainable, parameters : int
+        Trained and all parameters of the model.
+    seconds : float
+        Wall time of the training, this process alone.
+    """
+
+    accuracy: float
+    loss: float
+    n_held_out: int
+    trainable: int
+    parameters: int
+    seconds: float
+
+
+def train_recipe(
+    recipe: Recipe, run_folder: Path, resume: bool = False, progress: bool = True
+) -> TrainingResult:
+    """Train by a recipe and keep its checkpoints.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What to train, and how.
+    run_folder : Path
+        Where checkpoints, recipe, result and provenance go.
+    resume : bool
+        Go on from the newest checkpoint of an interrupted training of the same recipe.
+    progress : bool
+        Whether to show a progress bar on standard error.
+
+    Returns
+    -------
+    TrainingResult
+        Also written to ``result.json`` when everything else is there.
+
+    Raises
+    ------
+    OutputError
+        When the folder holds a run already and ``resume`` is false, or another recipe's run.
+    MissingExtraError
+        When transformers or datasets is not installed.
+    WdaError
+        When model or data cannot be read.
+    """
+    _require_training_extra()
+    from wda.training import trainer as training  # noqa: PLC0415 - transformers is slow to import
+
+    if resume and (result := finished_result(recipe, run_folder)):
+        return result
+    base_folder, data_file = resolve(recipe.base), resolve(recipe.data.location)
+    _prepare(recipe, run_folder, resume)
+    facts = {
+        "seed": recipe.seed,
+        "base": {"location": recipe.base, "files": describe(open_base(base_folder).files)},
+        "data": {"location": recipe.data.location, "files": describe([data_file])},
+    }
+    write_text(run_folder / "provenance.json", json.dumps(provenance(**facts), indent=2) + "\n")
+    with progress_bar(progress) as bar:
+        task = bar.add_task(f"training {run_folder.name}", total=recipe.steps, note="")
+        trainer = training.make_trainer(recipe, base_folder, data_file, run_folder)
+        trainer.add_callback(training.ShowProgress(bar, task))
+        last = training.last_checkpoint(run_folder) if resume else None
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        seconds = time.perf_counter() - start
+        bar.update(task, completed=recipe.steps)
+    scores = trainer.evaluate()
+    result = TrainingResult(
+        accuracy=scores["eval_accuracy"],
+        loss=scores["eval_loss"],
+        n_held_out=len(trainer.eval_dataset),
+        trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        seconds=seconds,
+    )
+    write_text(run_folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+    training.drop_training_state(run_folder)
+    return result
+
+
+def finished_result(recipe: Recipe, run_folder: Path) -> TrainingResult | None:
+    """Give the result of a run that this very recipe has finished, if there is one."""
+    if not _same_recipe(recipe, run_folder) or not (run_folder / RESULT_FILE).is_file():
+        return None
+    kept = [run_folder / f"checkpoint-{step}" for step in recipe.kept_steps]
+    if not all(folder.is_dir() for folder in kept):
+        return None
+    try:
+        return TrainingResult.model_validate_json((run_folder / RESULT_FILE).read_text())
+    except ValidationError:
+        return None
+
+
+def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:
+    """Make the run's folder and put the recipe into it, or make sure it is the one to resume."""
+    if not (run_folder / RECIPE_FILE).is_file():
+        if run_folder.is_dir() and any(run_folder.iterdir()):
+            raise OutputError(
+                f"{run_folder}: is not empty and no run of wda; choose another folder"
+            )
+        write_text(run_folder / RECIPE_FILE, recipe.to_yaml())
+    elif not resume:
+        raise OutputError(
+            f"{run_folder}: holds a run already; continue it with --resume, or choose another"
+        )
+    elif not _same_recipe(recipe, run_folder):
+        raise OutputError(
+            f"{run_folder}: was started with another recipe, see its {RECIPE_FILE}; resume with "
+            "that one, choose another folder, or take this one away"
+        )
+
+
+def _same_recipe(recipe: Recipe, run_folder: Path) -> bool:
+    try:
+        content = yaml.safe_load((run_folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        return Recipe.model_validate(content) == recipe
+    except (OSError, yaml.YAMLError, ValidationError):
+        return False
+
+
+def _require_training_extra() -> None:
+    for name in ("transformers", "datasets", "accelerate"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise MissingExtraError(
+                f"training needs {name}, which is not installed; "
+                "try: pip install 'weight-decomposition-analysis[train]'"
+            ) from None

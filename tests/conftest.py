@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -85,6 +88,31 @@ def save_pico_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return tensors
+
+
+WDA = Path(sys.executable).parent / "wda"
+
+
+def wda_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a user would."""
+    return subprocess.run(
+        [str(WDA), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder in which `wda demo --steps 8` was run, on the real model and data."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = wda_command("demo", "--steps", 8, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import wda
 from conftest import pico_weights, save_model, save_pico_adapter
+
+import wda
 from wda.errors import LocationError
 from wda.locations import beside, of_model_reference, resolve
 

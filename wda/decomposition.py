@@ -95,7 +95,7 @@ def join(parts: Sequence[Displacement]) -> Displacement:
 
 
 def magnitude_change(move: Displacement) -> Float[Tensor, vectors]:
-    """m_t − m_0 of every vector, signed."""
+    """Give the signed change of magnitude, m_t − m_0, of every vector."""
     m_0, u, q = move.norm, move.along, move.across
     both = move.final_norm + m_0
     change = (u * (2 * m_0 + u) + q.square()) / torch.where(both > 0, both, 1.0)
@@ -103,7 +103,7 @@ def magnitude_change(move: Displacement) -> Float[Tensor, vectors]:
 
 
 def direction_change(move: Displacement) -> Float[Tensor, vectors]:
-    """1 − cos(w_t, w_0) of every vector, in [0, 2]; NaN where w_0 or w_t is zero."""
+    """Give 1 − cos(w_t, w_0) of every vector, in [0, 2]; NaN where w_0 or w_t is zero."""
     ahead, m_t = move.norm + move.along, move.final_norm
     small_angle = move.across.square() / (m_t * (m_t + ahead))
     change = torch.where(ahead >= 0, small_angle, 1 - ahead / m_t)

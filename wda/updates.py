@@ -125,8 +125,10 @@ def inner_products(
 
     Returns
     -------
-    c, g : Tensor
-        c = ⟨w_0, δ⟩ and g = ‖δ‖² of every row.
+    c : Tensor
+        ⟨w_0, δ⟩ of every row.
+    g : Tensor
+        ‖δ‖² of every row.
     """
     c = scaling * ((w0 @ A.T) * B).sum(dim=1)
     g = scaling**2 * ((B @ (A @ A.T)) * B).sum(dim=1)

@@ -287,6 +287,18 @@ def test_the_base_an_adapter_names_is_found(runs: dict[str, Path], tmp_path: Pat
         wda.compare([runs["lora"], tmp_path / "b"], progress=False)
 
 
+def test_a_base_that_is_gone_is_asked_for(tmp_path: Path) -> None:
+    save_pico_adapter(tmp_path / "a", base_model_name_or_path="/old/disk/llama")
+    with pytest.raises(WdaError, match="name /old/disk/llama as their base.*give it with --base"):
+        wda.compare(tmp_path / "a", progress=False)
+
+
+def test_a_new_head_is_named(tmp_path: Path, base: Path) -> None:
+    tensors = moved(pico_weights(), 0.01, seed=3) | {"classifier.weight": torch.randn(2, 12)}
+    comparison = wda.compare(save_model(tmp_path / "ft", tensors), base=base, progress=False)
+    assert comparison.notes == ("ft: not compared, for the base has none: classifier",)
+
+
 def test_a_step_folder_without_weights_is_named(runs: dict[str, Path]) -> None:
     (runs["lora"] / "checkpoint-500").mkdir()
     with pytest.raises(

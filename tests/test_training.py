@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import WDA, wda_command
 from safetensors.torch import load_file
 
 import wda
@@ -150,6 +153,29 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     assert_same(weights(tmp_path / "cut", 12), weights(tmp_path / "whole", 12))
     assert not (tmp_path / "cut" / ".unfinished").exists()
     assert train_recipe(asked, tmp_path / "cut", resume=True, progress=False) == continued
+
+
+def test_the_command_trains_and_survives_being_killed(material: Path, tmp_path: Path) -> None:
+    """A process killed at once, wherever it is, loses no more than the steps since a checkpoint."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(material, steps=400, keep=list(range(40, 400, 40))).to_yaml())
+    run = tmp_path / "run"
+    process = subprocess.Popen([WDA, "train", file, "--out", run], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint-40").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (run / "checkpoint-400").exists(), "it was over before it could be killed"
+    again = wda_command("train", file, "--out", run, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "continue it with --resume" in again.stderr
+    done = wda_command("train", file, "--out", run, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("held-out accuracy ")
+    whole = wda_command("train", file, "--out", tmp_path / "whole", cwd=tmp_path)
+    assert whole.stdout.split(",")[0] == done.stdout.split(",")[0]
+    assert_same(weights(run, 400), weights(tmp_path / "whole", 400))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -107,8 +107,8 @@ def compare(
     """
     manifest = make_manifest(paths_or_manifest, base, matrices, per)
     members = [member for run in manifest.runs for member in open_run(run)]
-    base_location = manifest.base or _named_base(members)
-    opened = open_base(resolve(base_location))
+    base_location, base_folder = _find_base(manifest, members)
+    opened = open_base(base_folder)
     pairings, notes = pair(opened, members, manifest.matrices)
     with progress_bar(progress) as bar:
         task = bar.add_task("comparing", total=len(pairings), note="")
@@ -123,7 +123,7 @@ def compare(
     measurements.sort(key=lambda m: order[id(m.source.member.checkpoint)])
     table = make_table(_row(measurement) for measurement in measurements)
     facts = _facts(manifest, members)
-    facts["base"] = {"location": str(base_location), "files": describe(opened.files)}
+    facts["base"] = {"location": base_location, "files": describe(opened.files)}
     return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
 
 
@@ -150,20 +150,29 @@ def reopen(path: str | Path) -> Comparison:
     return Comparison(table, compute_statistics(table), facts, ())
 
 
-def _named_base(members: Sequence[Member]) -> str:
-    """Give the base that the adapters themselves name."""
-    named = {member.checkpoint.base for member in members} - {None}
+def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Path]:
+    """Give location and folder of the base: the manifest's, else what the adapters name."""
+    if manifest.base is not None:
+        return manifest.base, resolve(manifest.base)
+    named = sorted({member.checkpoint.base for member in members if member.checkpoint.base})
     if len(named) > 1:
         raise ManifestError(
-            f"base: the adapters name several bases ({listing(sorted(map(str, named)))}); "
-            "compare runs of one base at a time, or give the right one with --base"
+            f"base: the adapters name several bases ({listing(named)}); compare runs of one base "
+            "at a time, or give the right one with --base"
         )
     if not named:
         raise LocationError(
             "base: the pre-trained model is not known, for none of these checkpoints names it; "
             "give it with --base LOCATION"
         )
-    return of_model_reference(str(named.pop()))
+    location = of_model_reference(named[0])
+    try:
+        return location, resolve(location)
+    except LocationError as error:
+        raise LocationError(
+            f"base: the adapters name {named[0]} as their base, which is not to be had ({error}); "
+            "give it with --base LOCATION"
+        ) from None
 
 
 def _row(measurement: Measurement) -> dict[str, object]:

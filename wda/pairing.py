@@ -78,7 +78,7 @@ def pair(
                 f"{member.checkpoint.path}: this adapter changes none of the matrices "
                 f"{', '.join(wanted)}; it changes {listing(sorted(changed))}; choose those"
             )
-        notes.extend(_notes(member, held, selected))
+        notes.extend(_notes(member, in_base, base, selected))
         for matrix in held:
             sources[matrix].append(Source(member, in_base[matrix.module]))
     if problems:
@@ -139,17 +139,21 @@ def _problems(
     return [f"{checkpoint.path}: {problem}" for problem in problems]
 
 
-def _notes(member: Member, held: Sequence[Matrix], selected: Sequence[Matrix]) -> list[str]:
-    """Say what of the selection an adapter leaves alone, and which of its tensors mean nothing."""
-    notes = []
-    untouched = [matrix for matrix in selected if matrix not in held]
-    if untouched and not member.checkpoint.holds_all():
+def _notes(
+    member: Member, in_base: dict[str, str], base: FullCheckpoint, selected: Sequence[Matrix]
+) -> list[str]:
+    """Say what of the selection an adapter leaves alone, and what of it is not compared."""
+    notes, checkpoint = [], member.checkpoint
+    untouched = [matrix for matrix in selected if matrix.module not in in_base]
+    if untouched and not checkpoint.holds_all():
         labels = sorted({matrix.label for matrix in untouched})
         notes.append(
             f"{member.run}: the adapter leaves {len(untouched)} of the {len(selected)} matrices "
             f"alone ({listing(labels)}); they have no row"
         )
-    if member.checkpoint.unread:
-        unread = listing(member.checkpoint.unread, 4)
-        notes.append(f"{member.run}: tensors that were not read: {unread}")
+    new = sorted(module for name, module in in_base.items() if name not in base.modules)
+    if new:
+        notes.append(f"{member.run}: not compared, for the base has none: {listing(new, 4)}")
+    if checkpoint.unread:
+        notes.append(f"{member.run}: tensors that were not read: {listing(checkpoint.unread, 4)}")
     return notes

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,6 +14,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 from safetensors.torch import save_file
+from servers import Hub, serving
 
 # Every jaxtyping annotation in these rooms is checked while the tests run; it costs users nothing.
 install_import_hook(
@@ -134,3 +136,19 @@ def runs(tmp_path: Path, base: Path) -> dict[str, Path]:
             else:
                 save_pico_adapter(folder, method, seed=i, base_model_name_or_path=str(base))
     return folders
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A Hub with one repository, org/pico."""
+    from huggingface_hub import constants
+
+    folder = save_model(tmp_path / "repository", pico_weights())
+    (folder / "training_script.py").write_text("print()")
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    with serving(Hub, folder) as (handler, endpoint):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield handler

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,6 +19,8 @@ from wda.errors import WdaError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from wda.plan import Reading
 
 
 _WRITTEN = "tables, scatter.png, scatter.pdf, provenance.json"
@@ -67,8 +72,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="LOCATION",
-            help="The pre-trained model: a path, pkg://PACKAGE/PATH or hf://ORG/NAME@REVISION. "
-            "By default what the manifest or the adapters name.",
+            help="The pre-trained model: a path, pkg://PACKAGE/PATH, hf://ORG/NAME@REVISION, "
+            "https://…, s3://… or gs://…. By default what the manifest or the adapters name.",
         ),
     ] = None,
     matrices: Annotated[
@@ -93,12 +98,17 @@ def compare(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell how many bytes would be read, and read no tensor."),
+    ] = False,
 ) -> None:
     """Measure how far checkpoints moved from their base in magnitude (ΔM) and direction (ΔD).
 
     A RUN_DIR holds checkpoint-STEP folders, as the Hugging Face Trainer writes them, or is itself
     one checkpoint: a whole model (safetensors or .bin, sharded or not) or a PEFT LoRA or DoRA
-    adapter.
+    adapter. It may be a location on the Hub, in a bucket or on a web server, as the base may be:
+    of remote safetensors only the headers and the chosen matrices are fetched.
 
     **Examples**
 
@@ -114,6 +124,10 @@ def compare(
 
         wda compare runs/lora --matrices "re:layers[.][0-9][.]self_attn" --per input --json
 
+    How much would be fetched of a run in a bucket:
+
+        wda compare s3://bucket/runs/ft --base hf://google-bert/bert-base-uncased --dry-run
+
     Runs with names, seeds and chosen steps, from a file:
 
         wda compare checkpoints_manifest.yaml
@@ -124,6 +138,11 @@ def compare(
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
     labels = None if matrices is None else [word for word in matrices.split(",") if word]
+    if dry_run:
+        from wda.comparison import plan
+
+        _show_plan(plan(what, base, labels), as_json)
+        return
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with staged_folder(out) if out else nullcontext() as folder:
         comparison = run_compare(what, base, labels, per, progress=sys.stderr.isatty())  # type: ignore[arg-type]
@@ -242,6 +261,33 @@ def _show(statistics: pd.DataFrame, as_json: bool) -> None:
     for row in statistics.itertuples(index=False):
         shown.add_row(*map(_cell, row))
     Console().print(shown)
+
+
+def _show_plan(readings: Sequence[Reading], as_json: bool) -> None:
+    """Print what would be read, for a person with a sum below or for a program."""
+    if as_json:
+        typer.echo(json.dumps([asdict(reading) for reading in readings], indent=2))
+        return
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("run", "step", "location"):
+        shown.add_column(column, overflow="fold")
+    for column in ("tensors", "bytes", "bytes of headers"):
+        shown.add_column(column, justify="right")
+    for r in readings:
+        step = "–" if r.step is None else str(r.step)
+        counts = (r.tensors, r.tensor_bytes, r.header_bytes)
+        shown.add_row(r.run, step, r.location, *(f"{count:,}" for count in counts))
+    Console().print(shown)
+    tensors = sum(reading.tensor_bytes for reading in readings)
+    headers = sum(reading.header_bytes for reading in readings)
+    typer.echo(
+        f"in sum {tensors:,} bytes of tensors ({decimal(tensors)}) "
+        f"and {headers:,} of headers; no tensor was read"
+    )
 
 
 def _cell(value: object) -> str:

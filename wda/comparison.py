@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from wda.checkpoints import open_base
+from wda.checkpoints import FullCheckpoint, open_base
 from wda.decomposition import Per
 from wda.engine import Measurement, measure
 from wda.errors import LocationError, ManifestError, listing
 from wda.files import describe, staged_folder
-from wda.locations import of_model_reference, resolve
+from wda.locations import locate, of_model_reference
 from wda.manifest import Manifest, make_manifest
-from wda.pairing import pair
+from wda.pairing import Pairing, pair
+from wda.places import Place
+from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
 from wda.runs import Member, open_run
@@ -106,15 +108,13 @@ def compare(
         One of its kinds, when something given does not exist, cannot be read or does not fit.
     """
     manifest = make_manifest(paths_or_manifest, base, matrices, per)
-    members = [member for run in manifest.runs for member in open_run(run)]
-    base_location, base_folder = _find_base(manifest, members)
-    opened = open_base(base_folder)
-    pairings, notes = pair(opened, members, manifest.matrices)
+    opened = _open(manifest)
+    members = opened.members
     with progress_bar(progress) as bar:
-        task = bar.add_task("comparing", total=len(pairings), note="")
+        task = bar.add_task("comparing", total=len(opened.pairings), note="")
         measurements = measure(
-            opened,
-            pairings,
+            opened.base,
+            opened.pairings,
             manifest.per,
             executor,
             on_done=lambda pairing: bar.update(task, advance=1, note=str(pairing.matrix)),
@@ -123,8 +123,38 @@ def compare(
     measurements.sort(key=lambda m: order[id(m.source.member.checkpoint)])
     table = make_table(_row(measurement) for measurement in measurements)
     facts = _facts(manifest, members)
-    facts["base"] = {"location": base_location, "files": describe(opened.files)}
-    return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
+    facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
+    return Comparison(table, compute_statistics(table), provenance(**facts), tuple(opened.notes))
+
+
+def plan(
+    paths_or_manifest: str | Path | Sequence[str | Path],
+    base: str | Path | None = None,
+    matrices: Sequence[str] | None = None,
+) -> list[Reading]:
+    """Tell how many bytes :func:`compare` would read, from headers alone; no tensor is read.
+
+    Parameters
+    ----------
+    paths_or_manifest : path or sequence of paths
+        Run folders, or one manifest ending in ``.yaml``.
+    base : path or location, optional
+        The pre-trained model; by default the manifest's, else what the adapters name.
+    matrices : sequence of str, optional
+        As for :func:`compare`; by default the manifest's, else query and value.
+
+    Returns
+    -------
+    list of Reading
+        One for the base, then one per checkpoint.
+
+    Raises
+    ------
+    WdaError
+        As :func:`compare` does before it reads.
+    """
+    opened = _open(make_manifest(paths_or_manifest, base, matrices))
+    return readings(opened.base, opened.members, opened.pairings)
 
 
 def reopen(path: str | Path) -> Comparison:
@@ -150,10 +180,29 @@ def reopen(path: str | Path) -> Comparison:
     return Comparison(table, compute_statistics(table), facts, ())
 
 
-def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Path]:
-    """Give location and folder of the base: the manifest's, else what the adapters name."""
+@dataclass(frozen=True)
+class _Opened:
+    """Everything that is to be compared, opened and paired; no tensor is read yet."""
+
+    base_location: str
+    base: FullCheckpoint
+    members: Sequence[Member]
+    pairings: Sequence[Pairing]
+    notes: Sequence[str]
+
+
+def _open(manifest: Manifest) -> _Opened:
+    members = [member for run in manifest.runs for member in open_run(run)]
+    location, place = _find_base(manifest, members)
+    base = open_base(place)
+    pairings, notes = pair(base, members, manifest.matrices)
+    return _Opened(location, base, members, pairings, notes)
+
+
+def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Place]:
+    """Give location and place of the base: the manifest's, else what the adapters name."""
     if manifest.base is not None:
-        return manifest.base, resolve(manifest.base)
+        return manifest.base, locate(manifest.base)
     named = sorted({member.checkpoint.base for member in members if member.checkpoint.base})
     if len(named) > 1:
         raise ManifestError(
@@ -167,7 +216,7 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Path
         )
     location = of_model_reference(named[0])
     try:
-        return location, resolve(location)
+        return location, locate(location)
     except LocationError as error:
         raise LocationError(
             f"base: the adapters name {named[0]} as their base, which is not to be had ({error}); "

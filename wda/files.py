@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wda.errors import OutputError
+from wda.places import Place
+from wda.remote import RemotePlace
 
 
 @contextmanager
@@ -68,9 +70,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(paths: Iterable[Path]) -> list[dict[str, object]]:
-    """Tell name, size and SHA-256 of each file."""
-    return [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths]
+def describe(places: Iterable[Place]) -> list[dict[str, object]]:
+    """Tell name, size and SHA-256 of each file; of one elsewhere, what its store says it is."""
+    return [_describe(place) for place in places]
+
+
+def _describe(place: Place) -> dict[str, object]:
+    known: dict[str, object] = {"file": place.name, "bytes": place.stat().st_size}
+    if isinstance(place, RemotePlace):
+        # Its hash could be had only by fetching all of it.
+        return known | {"mark": place.mark}
+    return known | {"sha256": sha256(Path(str(place)))}
 
 
 def _first_missing(folder: Path) -> Path | None:

@@ -1,7 +1,8 @@
-"""Where bytes live: a path, ``pkg://package/path``, ``hf://org/name@revision``.
+"""Where bytes live: a path, ``pkg://…``, ``hf://org/name@revision``, ``https://``, ``s3://``, ``gs://``.
 
-Every field and option that names a model, a checkpoint or a data file takes a location, and
-:func:`resolve` turns it into a path on this machine.
+Every field and option that names a model or a checkpoint takes a location. :func:`locate` gives the
+place it names, here or elsewhere, to be read in parts; :func:`resolve` brings it to a path on this
+machine, for those who need all of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 from pathlib import Path
 
 from wda.errors import LocationError
+from wda.places import Place
+from wda.remote import SCHEMES, open_remote
 
 _SCHEME = re.compile(r"^([a-z0-9+]+)://(.*)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -18,11 +21,42 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 # What of a model repository is needed to read its weights and to train it.
 _HUB_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.csv")
 
-KINDS = "a path, pkg://PACKAGE/PATH or hf://ORG/NAME@REVISION"
+KINDS = (
+    "a path, pkg://PACKAGE/PATH, hf://ORG/NAME@REVISION, https://SERVER/PATH, s3://BUCKET/PATH "
+    "or gs://BUCKET/PATH"
+)
+
+
+def locate(location: str | Path) -> Place:
+    """Find a location, here or elsewhere, without fetching it.
+
+    Parameters
+    ----------
+    location : str or Path
+        A path, ``pkg://package/path``, ``hf://org/name@revision``, ``https://server/path``,
+        ``s3://bucket/path`` or ``gs://bucket/path``.
+
+    Returns
+    -------
+    Place
+        A path where it is on this machine; else a remote place, of which only what is asked for
+        is read. A web server cannot tell whether a folder exists, so there it may not.
+
+    Raises
+    ------
+    LocationError
+        When the location is of another kind, does not exist or may not be read.
+    MissingExtraError
+        When its kind needs a package that is not installed.
+    """
+    match = _SCHEME.match(str(location))
+    if match is None or match.group(1).lower() not in SCHEMES:
+        return resolve(location)
+    return open_remote(str(location)) or _on_hub(match.group(2), cached=True)
 
 
 def resolve(location: str | Path) -> Path:
-    """Find a location on this machine, fetching it from the Hub where it lies there.
+    """Bring a location to this machine, fetching it from the Hub where it lies there.
 
     Parameters
     ----------
@@ -49,6 +83,10 @@ def resolve(location: str | Path) -> Path:
         return _in_package(rest)
     if scheme == "hf":
         return _on_hub(rest)
+    if scheme in SCHEMES:
+        raise LocationError(
+            f"{location}: is needed whole on this machine; download it and give its path"
+        )
     raise LocationError(
         f"{location}: {scheme}:// is not a kind of location that can be read; give {KINDS}"
     )
@@ -101,7 +139,7 @@ def _in_package(rest: str) -> Path:
     raise LocationError(f"pkg://{rest}: the installed package {package!r} has no {inside!r}")
 
 
-def _on_hub(rest: str) -> Path:
+def _on_hub(rest: str, cached: bool = False) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
@@ -110,7 +148,12 @@ def _on_hub(rest: str) -> Path:
         raise LocationError(f"hf://{rest}: expected hf://ORG/NAME or hf://ORG/NAME@REVISION")
     try:
         return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES))
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(_HUB_FILES),
+                local_files_only=cached,
+            )
         )
     except LocalEntryNotFoundError:
         raise LocationError(

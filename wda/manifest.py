@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wda.decomposition import Per
 from wda.errors import ManifestError, listing
-from wda.locations import beside
+from wda.locations import beside, is_location
 from wda.naming import DEFAULT_LABELS
 from wda.validation import load_yaml
 
@@ -53,8 +53,15 @@ class Run(BaseModel):
     @model_validator(mode="after")
     def _name_from_path(self) -> Self:
         if not self.name:
-            object.__setattr__(self, "name", Path(self.path).resolve().name or self.path)
+            object.__setattr__(self, "name", _last_part(self.path))
         return self
+
+
+def _last_part(location: str) -> str:
+    """Name a run after its folder; what follows an address may be a secret."""
+    if is_location(location):
+        return location.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return Path(location).resolve().name or location
 
 
 class Manifest(BaseModel):

@@ -149,6 +149,20 @@ def select(matrices: Sequence[Matrix], wanted: Iterable[str]) -> list[Matrix]:
     return [matrix for matrix in matrices if any(test(matrix) for test in tests.values())]
 
 
+def may_be_wanted(module: str, wanted: Iterable[str]) -> bool:
+    """Tell from a module's name alone whether :func:`select` may choose a matrix of it.
+
+    Of a projection that may fuse several matrices only its shape tells what it holds.
+
+    Examples
+    --------
+    >>> may_be_wanted("layers.0.mlp.down_proj", ["query"]), may_be_wanted("h.0.c_attn", ["key"])
+    (False, True)
+    """
+    matrix = Matrix(module, matrix_label(module), layer_index(module), False, (0, 0))
+    return _last(module) == "c_attn" or any(_selector(word)(matrix) for word in wanted)
+
+
 def matrix_label(module: str) -> str:
     """Name the role of a module's matrix.
 

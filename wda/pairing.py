@@ -6,12 +6,12 @@ an error that names all of them; none is ever taken for unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from wda.checkpoints import FullCheckpoint
 from wda.errors import PairingError, SelectionError, listing
-from wda.naming import Matrix, align, find_matrices, select
+from wda.naming import Matrix, align, find_matrices, may_be_wanted, select
 from wda.runs import Member
 from wda.updates import Update
 
@@ -65,7 +65,7 @@ def pair(
         When tensors are missing on either side or have other shapes.
     """
     names = [_names_in_base(member, base) for member in members]
-    selected = select(_base_matrices(base, members, names), wanted)
+    selected = _select(base, members, names, wanted)
     sources: dict[Matrix, list[Source]] = {matrix: [] for matrix in selected}
     notes: list[str] = []
     problems: list[str] = []
@@ -98,8 +98,26 @@ def _names_in_base(member: Member, base: FullCheckpoint) -> dict[str, str]:
     return {rename(module): module for module in sorted(member.checkpoint.modules)}
 
 
+def _select(
+    base: FullCheckpoint,
+    members: Sequence[Member],
+    names: Sequence[dict[str, str]],
+    wanted: Sequence[str],
+) -> list[Matrix]:
+    """Choose the wanted matrices, looking no further than where their names may lie."""
+    likely = [module for module in base.modules if may_be_wanted(module, wanted)]
+    try:
+        return select(_base_matrices(base, members, names, likely), wanted)
+    except SelectionError:
+        # Only to say what there is instead are the others looked at.
+        return select(_base_matrices(base, members, names, base.modules), wanted)
+
+
 def _base_matrices(
-    base: FullCheckpoint, members: Sequence[Member], names: Sequence[dict[str, str]]
+    base: FullCheckpoint,
+    members: Sequence[Member],
+    names: Sequence[dict[str, str]],
+    modules: Iterable[str],
 ) -> list[Matrix]:
     """List the base's matrices; whether one is stored transposed an adapter may know."""
 
@@ -109,7 +127,8 @@ def _base_matrices(
             for member, in_base in zip(members, names, strict=True)
         )
 
-    return find_matrices(base.tensors.shapes, says_transposed)
+    shapes = base.tensors.shapes_of(f"{module}.weight" for module in modules)
+    return find_matrices(shapes, says_transposed)
 
 
 def _problems(
@@ -127,6 +146,13 @@ def _problems(
     missing = [matrix for matrix in selected if matrix.module not in in_base]
     if missing and checkpoint.holds_all():
         problems.append(f"lacks {listing(missing, 6)}, which the base has")
+    # What is compared is looked at side by side, where it lies elsewhere.
+    checkpoint.tensors.open(
+        name
+        for m in selected
+        if m.module in in_base
+        for name in checkpoint.tensors_of(in_base[m.module])
+    )
     for matrix in selected:
         if matrix.module in in_base:
             module = in_base[matrix.module]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
 from wda.checkpoints import Checkpoint, open_checkpoint
 from wda.errors import CheckpointError, LocationError, listing
-from wda.locations import resolve
+from wda.locations import locate
 from wda.manifest import Run
+from wda.places import Place
+from wda.remote import RemotePlace, at_once
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -50,20 +51,24 @@ def open_run(run: Run) -> list[Member]:
         When a checkpoint cannot be read, or steps the manifest names are not there.
     """
     try:
-        folder = resolve(run.path)
+        folder = locate(run.path)
     except LocationError as error:
         raise LocationError(f"run {run.name!r}: {error}") from None
     seed = run.seed if run.seed is not None else _recorded_seed(folder)
-    opened = [open_checkpoint(path) for path in step_folders(folder, run)]
+    folders = step_folders(folder, run)
+    far = isinstance(folder, RemotePlace)
+    opened = at_once(open_checkpoint, folders) if far else list(map(open_checkpoint, folders))
     return [Member(run.name, run.method or c.method, seed, c.step, c) for c in opened]
 
 
-def step_folders(folder: Path, run: Run) -> list[Path]:
+def step_folders(folder: Place, run: Run) -> list[Place]:
     """Give the ``checkpoint-<step>`` folders a run uses, or the folder itself if it has none.
 
     A model saved beside such folders is left alone: a trainer saves its last checkpoint there once
-    more.
+    more. Where a folder cannot be listed, the steps that the manifest names are taken at its word.
     """
+    if isinstance(folder, RemotePlace) and not folder.listable and run.steps:
+        return [folder / f"checkpoint-{step}" for step in sorted(run.steps)]
     children = folder.iterdir() if folder.is_dir() else ()
     by_step = {int(m.group(1)): f for f in children if (m := _STEP_FOLDER.fullmatch(f.name))}
     if not by_step:
@@ -77,7 +82,7 @@ def step_folders(folder: Path, run: Run) -> list[Path]:
     return [by_step[step] for step in sorted(by_step) if run.steps is None or step in run.steps]
 
 
-def _recorded_seed(folder: Path) -> int | None:
+def _recorded_seed(folder: Place) -> int | None:
     """Give the seed of the recipe that ``wda train`` saves beside a run."""
     recipe = folder / RECIPE_FILE
     if not recipe.is_file():

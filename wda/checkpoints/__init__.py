@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.full import WEIGHT_FILES, FullCheckpoint
 from wda.checkpoints.peft import ADAPTER_FILES, PeftCheckpoint
 from wda.errors import CheckpointError
+from wda.places import Place
+from wda.remote import RemotePlace
 
 __all__ = ["LAYOUTS", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpoint"]
 
@@ -15,7 +15,7 @@ __all__ = ["LAYOUTS", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpo
 LAYOUTS: tuple[type[Checkpoint], ...] = (PeftCheckpoint, FullCheckpoint)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Place) -> Checkpoint:
     """Open a checkpoint of any layout.
 
     Raises
@@ -27,6 +27,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         checkpoint = layout.open(path)
         if checkpoint is not None:
             return checkpoint
+    if isinstance(path, RemotePlace) and not path.listable:
+        raise CheckpointError(
+            f"{path}: none of the files of a checkpoint can be read there; a web server does not "
+            "list its folders, so give the address of one checkpoint, with "
+            f"{WEIGHT_FILES[0]} or adapter_config.json right in it, or name the steps in a manifest"
+        )
     held = sorted(item.name for item in path.iterdir())[:6] if path.is_dir() else ["a file"]
     raise CheckpointError(
         f"{path}: no checkpoint here; expected checkpoint-<step> folders, "
@@ -35,7 +41,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def open_base(path: Path) -> FullCheckpoint:
+def open_base(path: Place) -> FullCheckpoint:
     """Open the pre-trained model that checkpoints are compared with.
 
     Raises

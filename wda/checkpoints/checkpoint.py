@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import ClassVar, Self
 
-from wda.checkpoints.tensors import read_json
+from wda.checkpoints.tensors import Tensors, read_json
 from wda.naming import Matrix
+from wda.places import Place
 from wda.updates import Update
 
 
@@ -19,7 +19,7 @@ class Checkpoint(ABC):
     ----------
     layout : str
         Name of the layout, shown to the user.
-    path : Path
+    path : Place
         The folder or file it was opened from.
     method : str
         How it was trained: ``ft``, ``lora``, ``dora``, …
@@ -31,23 +31,23 @@ class Checkpoint(ABC):
         Names of tensors it holds that mean nothing to this reader.
     base : str or None
         What it says it was fine-tuned from.
-    files : list of Path
-        The files its numbers lie in.
+    tensors : Tensors
+        Its tensors by name.
     """
 
     layout: ClassVar[str]
 
-    path: Path
+    path: Place
     method: str
     modules: frozenset[str]
     required: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
     base: str | None = None
-    files: list[Path]
+    tensors: Tensors
 
     @classmethod
     @abstractmethod
-    def open(cls, path: Path) -> Self | None:
+    def open(cls, path: Place) -> Self | None:
         """Open a folder or file of this layout, reading headers only; None if it is another's.
 
         Raises
@@ -67,6 +67,15 @@ class Checkpoint(ABC):
     @abstractmethod
     def update(self, module: str, matrix: Matrix) -> Update:
         """Give the update of a base matrix; ``module`` is its name in this checkpoint."""
+
+    @abstractmethod
+    def tensors_of(self, module: str) -> tuple[str, ...]:
+        """Name the tensors that an update of a module's matrix is read from."""
+
+    @property
+    def files(self) -> list[Place]:
+        """The files its numbers lie in, as far as they were opened."""
+        return self.tensors.files
 
     def says_transposed(self, module: str, stored: tuple[int, int]) -> bool:  # noqa: ARG002
         """Tell whether it declares the base's matrix of this stored shape to be (in, out)."""

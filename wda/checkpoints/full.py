@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Self
 
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.tensors import Tensors, first_file, open_tensors
 from wda.errors import CheckpointError
 from wda.naming import Matrix
+from wda.places import Place
 from wda.updates import Dense
 
 WEIGHT_FILES = (
@@ -25,18 +25,16 @@ class FullCheckpoint(Checkpoint):
     layout = "Hugging Face model"
     method = "ft"
 
-    def __init__(self, path: Path, tensors: Tensors) -> None:
+    def __init__(self, path: Place, tensors: Tensors) -> None:
         self.path = path
         self.tensors = tensors
-        self.files = tensors.files
+        # By name alone: to know which of them are vectors, every shard would have to be opened.
         self.modules = frozenset(
-            name.removesuffix(".weight")
-            for name, entry in tensors.items()
-            if name.endswith(".weight") and len(entry.shape) == 2
+            name.removesuffix(".weight") for name in tensors if name.endswith(".weight")
         )
 
     @classmethod
-    def open(cls, path: Path) -> Self | None:
+    def open(cls, path: Place) -> Self | None:
         """Open a model folder or a single weight file."""
         file = path if path.is_file() else first_file(path, *WEIGHT_FILES)
         if file is None or not file.name.endswith((".safetensors", ".bin", ".index.json")):
@@ -55,9 +53,19 @@ class FullCheckpoint(Checkpoint):
 
     def stored_shape(self, module: str, matrix: Matrix) -> tuple[int, int]:
         """Give the shape of the stored weight, brought to (out_features, in_features)."""
-        rows, features = self.tensors[f"{module}.weight"].shape
+        shape = self.tensors[f"{module}.weight"].shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{self.path}: {module} has {len(shape)} dimensions where the base has a matrix"
+            )
+        rows, features = shape
         return (features, rows) if matrix.stored_transposed else (rows, features)
 
     def update(self, module: str, matrix: Matrix) -> Dense:
         """Give Wt as it is stored."""
-        return Dense(matrix.take(self.tensors.read(f"{module}.weight")))
+        stored = self.tensors.read(f"{module}.weight", again=matrix.part is not None)
+        return Dense(matrix.take(stored))
+
+    def tensors_of(self, module: str) -> tuple[str, ...]:
+        """Name the weight."""
+        return (f"{module}.weight",)

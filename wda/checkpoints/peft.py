@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from wda.checkpoints.full import WEIGHT_FILES
 from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
 from wda.errors import CheckpointError, listing
 from wda.naming import Matrix
+from wda.places import Place
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
 CONFIG_FILE = "adapter_config.json"
@@ -54,11 +54,10 @@ class PeftCheckpoint(Checkpoint):
 
     layout = "PEFT adapter"
 
-    def __init__(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+    def __init__(self, path: Place, config: Mapping[str, Any], tensors: Tensors) -> None:
         self.path = path
         self.config = config
         self.tensors = tensors
-        self.files = tensors.files
         self.method = "dora" if config.get("use_dora") else "lora"
         self.base = config.get("base_model_name_or_path") or None
         self._names, self.unread = _sort(tensors)
@@ -68,7 +67,7 @@ class PeftCheckpoint(Checkpoint):
         self.modules = self.required | set(self._names["whole"])
 
     @classmethod
-    def open(cls, path: Path) -> Self | None:
+    def open(cls, path: Place) -> Self | None:
         """Open an adapter folder."""
         if not path.is_dir() or not (path / CONFIG_FILE).is_file():
             return None
@@ -99,12 +98,18 @@ class PeftCheckpoint(Checkpoint):
     def update(self, module: str, matrix: Matrix) -> Update:
         """Give W0 + s·B·A, or its weight-decomposed form where there is a magnitude."""
         if module not in self.required:
-            return Dense(matrix.take(self._read("whole", module)))
-        low_rank = LowRank(self._read("A", module), self._read("B", module), self.scaling(module))
+            return Dense(matrix.take(self._read("whole", module, matrix)))
+        a, b = self._read("A", module, matrix), self._read("B", module, matrix)
+        low_rank = LowRank(a, b, self.scaling(module))
         update: Update = low_rank
         if module in self._names["magnitude"]:
-            update = WeightDecomposed(low_rank, self._read("magnitude", module).flatten())
+            update = WeightDecomposed(low_rank, self._read("magnitude", module, matrix).flatten())
         return update.rows(matrix.rows)
+
+    def tensors_of(self, module: str) -> tuple[str, ...]:
+        """Name the factors and the magnitude, or the whole weight beside the adapter."""
+        kinds = ("A", "B", "magnitude") if module in self.required else ("whole",)
+        return tuple(self._names[kind][module] for kind in kinds if module in self._names[kind])
 
     def says_transposed(self, module: str, stored: tuple[int, int]) -> bool:
         """Tell whether ``fan_in_fan_out`` holds for a base matrix of this stored shape."""
@@ -128,8 +133,8 @@ class PeftCheckpoint(Checkpoint):
     def _shape(self, kind: str, module: str) -> tuple[int, ...]:
         return self.tensors[self._names[kind][module]].shape
 
-    def _read(self, kind: str, module: str) -> Tensor:
-        return self.tensors.read(self._names[kind][module])
+    def _read(self, kind: str, module: str, matrix: Matrix) -> Tensor:
+        return self.tensors.read(self._names[kind][module], again=matrix.part is not None)
 
     def _check(self) -> None:
         """Refuse what cannot be read right."""

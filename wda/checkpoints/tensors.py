@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,65 +19,126 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wda.checkpoints.entry import Entry, WeightFile
+from wda.checkpoints.remote_safetensors import nbytes_of, open_remote_safetensors
 from wda.errors import CheckpointError, listing
+from wda.places import Place
+from wda.remote import RemotePlace, at_once
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Its shape as stored.
-    file : Path
-        The file that holds it.
-    read : callable
-        Gives its values; a view of the mapped file where the format allows.
-    """
-
-    shape: tuple[int, ...]
-    file: Path
-    read: Callable[[], Tensor]
+# A tensor that fuses several matrices is kept until their turns are over: two, for the next one
+# may already be read when the last part of the one before is taken.
+_MOST_KEPT = 2
 
 
 class Tensors(Mapping[str, Entry]):
-    """Tensor name → entry, over all files of one checkpoint."""
+    """Tensor name → entry, over all files of one checkpoint; files are opened when they are needed.
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries = dict(entries)
+    Parameters
+    ----------
+    where : mapping
+        Tensor name → the file it lies in.
+    source : Place
+        What says so, for messages.
+    opened : iterable of WeightFile
+        Files that are open already.
+    """
+
+    def __init__(
+        self, where: Mapping[str, Place], source: Place, opened: Iterable[WeightFile] = ()
+    ) -> None:
+        self._where, self._source = dict(where), source
+        self._opened = {file.place: file for file in opened}
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Entry:
-        return self._entries[name]
+        if (place := self._where[name]) not in self._opened:
+            self.open([name])
+        return self._opened[place].entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._where)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._where)
 
-    def read(self, name: str) -> Tensor:
-        """Give the values of one tensor."""
-        return self._entries[name].read()
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def open(self, names: Iterable[str]) -> None:
+        """Open the files that hold these tensors, reading their headers side by side.
+
+        Raises
+        ------
+        CheckpointError
+            When a file cannot be read or lacks a tensor that should be in it.
+        """
+        needed = dict.fromkeys(self._where[name] for name in names)
+        for file in at_once(_open_file, [place for place in needed if place not in self._opened]):
+            self._opened[file.place] = file
+        absent = sorted(
+            name
+            for name, place in self._where.items()
+            if place in needed and name not in self._opened[place].entries
+        )
+        if absent:
+            raise CheckpointError(
+                f"{self._source}: tensors named in it are in no shard: {listing(absent)}; "
+                "copy it again"
+            )
+
+    def read(self, name: str, again: bool = False) -> Tensor:
+        """Give the values of one tensor.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name.
+        again : bool
+            Whether it will soon be asked for again, as one that fuses several matrices is; it is
+            then kept for a while, so that it travels once.
+        """
+        entry = self[name]
+        if not again or not isinstance(entry.file, RemotePlace):
+            return entry.read()
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = entry.read()
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[name]
+
+    def shapes_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shape of some of the tensors; files that hold none of them stay closed."""
+        wanted = list(names)
+        self.open(wanted)
+        return {name: self[name].shape for name in wanted}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
-        return {name: entry.shape for name, entry in self._entries.items()}
+        return self.shapes_of(self)
 
     @property
-    def files(self) -> list[Path]:
-        """The files the tensors lie in."""
-        return sorted({entry.file for entry in self._entries.values()})
+    def files(self) -> list[Place]:
+        """The files that were opened."""
+        return sorted(self._opened, key=str)
+
+    @property
+    def header_bytes(self) -> int:
+        """What was read of those files to know their tensors."""
+        return sum(file.header_bytes for file in self._opened.values())
 
 
-def first_file(folder: Path, *names: str) -> Path | None:
+def first_file(folder: Place, *names: str) -> Place | None:
     """Give the first of these files that a folder has."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def open_tensors(path: Path) -> Tensors:
-    """Open a weight file, or all shards of an index, reading headers only.
+def open_tensors(path: Place) -> Tensors:
+    """Open a weight file, or the shards of an index, reading headers only.
+
+    Shards that lie elsewhere are opened when a tensor in them is asked for.
 
     Raises
     ------
@@ -85,49 +147,64 @@ def open_tensors(path: Path) -> Tensors:
     """
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
-    return Tensors(_open_file(path))
+    file = _open_file(path)
+    return Tensors(dict.fromkeys(file.entries, file.place), path, [file])
 
 
-def _open_sharded(index: Path) -> Tensors:
+def _open_sharded(index: Place) -> Tensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map in it; the index is damaged, copy it again")
-    shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(shards)} shards named in {index.name} are "
-            f"missing: {listing(missing)}; copy them into this folder"
-        )
-    entries: dict[str, Entry] = {}
-    for shard in shards:
-        entries.update(_open_file(index.parent / shard))
-    absent = sorted(set(weight_map) - set(entries))
-    if absent:
-        raise CheckpointError(
-            f"{index}: tensors named in it are in no shard: {listing(absent)}; copy it again"
-        )
-    return Tensors(entries)
+    shards = {shard: index.parent / shard for shard in sorted(set(weight_map.values()))}
+    # Where nothing can be listed, asking for every shard would be to open it.
+    if not isinstance(index, RemotePlace) or index.listable:
+        missing = [shard for shard, place in shards.items() if not place.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index.parent}: {len(missing)} of {len(shards)} shards named in {index.name} "
+                f"are missing: {listing(missing)}; copy them into this folder"
+            )
+    tensors = Tensors({name: shards[shard] for name, shard in weight_map.items()}, index)
+    if not isinstance(index, RemotePlace):
+        tensors.open(tensors)
+    return tensors
 
 
-def _open_file(path: Path) -> dict[str, Entry]:
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+def _open_file(place: Place) -> WeightFile:
+    path = place.local if isinstance(place, RemotePlace) else place
+    safe = place.suffix == ".safetensors"
+    if isinstance(path, Path):
+        # A copy in the Hub's cache goes by the name it was asked for.
+        opened = _open_safetensors(path) if safe else _open_pickle(path)
+        return WeightFile(place, opened.entries, opened.header_bytes)
+    assert isinstance(place, RemotePlace)
+    if safe:
+        return open_remote_safetensors(place)
+    raise CheckpointError(
+        f"{place}: a pickle can be read only whole ({place.stat().st_size} bytes) and not in "
+        "parts; convert it to safetensors, or download it and give its path"
+    )
 
 
-def _open_safetensors(path: Path) -> dict[str, Entry]:
+def _open_safetensors(path: Path) -> WeightFile:
     try:
         handle: Any = safe_open(path, framework="pt")
+        with path.open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
     except (SafetensorError, OSError) as error:
         _damaged(path, error)
 
     def entry(name: str) -> Entry:
-        shape = tuple(handle.get_slice(name).get_shape())
-        return Entry(shape, path, lambda: handle.get_tensor(name))
+        part = handle.get_slice(name)
+        shape = tuple(part.get_shape())
+        return Entry(
+            shape, path, lambda: handle.get_tensor(name), nbytes_of(part.get_dtype(), shape)
+        )
 
-    return {name: entry(name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+    return WeightFile(path, {name: entry(name) for name in handle.keys()}, header)  # noqa: SIM118
 
 
-def _open_pickle(path: Path) -> dict[str, Entry]:
+def _open_pickle(path: Path) -> WeightFile:
     try:
         # Only the zip form that PyTorch writes since 1.6 can be mapped.
         mapped = zipfile.is_zipfile(path)
@@ -145,12 +222,13 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
         )
 
     def entry(tensor: Tensor) -> Entry:
-        return Entry(tuple(tensor.shape), path, lambda: tensor)
+        return Entry(tuple(tensor.shape), path, lambda: tensor, tensor.nbytes)
 
-    return {str(name): entry(value) for name, value in loaded.items() if isinstance(value, Tensor)}
+    held = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return WeightFile(path, {name: entry(value) for name, value in held.items()}, 0)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises
@@ -167,8 +245,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _damaged(path: Path, error: Exception) -> NoReturn:
-    size = path.stat().st_size if path.exists() else 0
+def _damaged(path: Place, error: Exception) -> NoReturn:
+    size = path.stat().st_size if path.is_file() else 0
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise CheckpointError(
         f"{path}: cannot be read, truncated or corrupt ({size} bytes): {why}; copy it again"

@@ -32,7 +32,8 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up soon, wait little, and make every matrix travel in several parts."""
-    monkeypatch.setattr(fetch, "PATIENCE", fetch.Patience(timeout=3, tries=4, wait=0.01))
+    for name, value in {"timeout": 3, "tries": 4, "wait": 0.01}.items():
+        monkeypatch.setattr(fetch.PATIENCE, name, value)
     monkeypatch.setattr(fetch, "PART", 150)
 
 

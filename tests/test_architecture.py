@@ -14,7 +14,16 @@ PACKAGE = Path(__file__).parent.parent / "wda"
 # From the ground up. What stands on one line may not import from each other.
 ROOMS: list[set[str]] = [
     {"_version", "errors"},
-    {"files", "locations", "progress", "provenance", "validation", "decomposition", "table"},
+    {
+        "files",
+        "kernels",
+        "locations",
+        "progress",
+        "provenance",
+        "validation",
+        "decomposition",
+        "table",
+    },
     {"naming", "updates", "statistics", "style"},
     {"checkpoints", "manifest"},
     {"runs", "figures"},

@@ -177,7 +177,6 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Path
 
 def _row(measurement: Measurement) -> dict[str, object]:
     member, matrix = measurement.source.member, measurement.matrix
-    change = measurement.decomposition
     return {
         "run": member.run,
         "method": member.method,
@@ -189,10 +188,10 @@ def _row(measurement: Measurement) -> dict[str, object]:
         "per": measurement.per,
         "out_features": matrix.shape[0],
         "in_features": matrix.shape[1],
-        "n_vectors": change.n_vectors,
-        "delta_m": change.delta_m,
-        "delta_d": change.delta_d,
-        "n_undirected": change.n_undirected,
+        "n_vectors": measurement.n_vectors,
+        "delta_m": measurement.delta_m,
+        "delta_d": measurement.delta_d,
+        "n_undirected": measurement.n_undirected,
         "dtype": measurement.dtype,
         "base_dtype": measurement.base_dtype,
     }

@@ -14,19 +14,22 @@ from wda.decomposition import Decomposition, Displacement, Per, decomposition, j
 from wda.errors import CheckpointError
 from wda.naming import Matrix
 from wda.pairing import Pairing, Source
-from wda.updates import RowUpdate, Update, row_blocks
+from wda.updates import Rows, RowUpdate, Update, row_blocks
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The decomposition of one matrix of one checkpoint."""
+    """The change of one matrix of one checkpoint, in the numbers of a table's row."""
 
     matrix: Matrix
     source: Source
     per: Per
     dtype: str
     base_dtype: str
-    decomposition: Decomposition
+    n_vectors: int
+    n_undirected: int
+    delta_m: float
+    delta_d: float
 
 
 def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displacement]:
@@ -51,7 +54,7 @@ def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displ
         moving, w0 = [update.transposed(w0) for update in updates], w0.T
     parts: list[list[Displacement]] = [[] for _ in moving]
     for block in row_blocks((w0.shape[0], w0.shape[1])):
-        rows = w0[block].double()
+        rows = Rows(w0[block].contiguous())
         for update, moves in zip(moving, parts, strict=True):
             moves.append(update.rows(block).displacement(rows))
     return [join(moves) for moves in parts]
@@ -72,16 +75,31 @@ def measure_pairing(base: FullCheckpoint, pairing: Pairing, per: Per) -> list[Me
     for source, move in zip(pairing.sources, moves, strict=True):
         _require_finite(base, matrix, source, move)
     return [
-        Measurement(
-            matrix,
-            source,
-            per,
-            _dtype_name(update.dtype),
-            _dtype_name(w0.dtype),
-            decomposition(move),
-        )
+        _summary(matrix, source, per, (update.dtype, w0.dtype), decomposition(move))
         for source, update, move in zip(pairing.sources, updates, moves, strict=True)
     ]
+
+
+def _summary(
+    matrix: Matrix,
+    source: Source,
+    per: Per,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    change: Decomposition,
+) -> Measurement:
+    """Keep what a row of the table needs; the single vectors would fill the memory."""
+    dtype, base_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return Measurement(
+        matrix=matrix,
+        source=source,
+        per=per,
+        dtype=dtype,
+        base_dtype=base_dtype,
+        n_vectors=change.n_vectors,
+        n_undirected=change.n_undirected,
+        delta_m=change.delta_m,
+        delta_d=change.delta_d,
+    )
 
 
 def measure(
@@ -145,7 +163,3 @@ def _require_finite(
             f"{int(bad.sum())} of {bad.numel()} vectors; the training diverged here "
             "or the file is damaged; leave this checkpoint out"
         )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

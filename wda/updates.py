@@ -15,22 +15,24 @@ class                   Wt                                     cost of a row's d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wda import kernels
 from wda.decomposition import Displacement, displacement, join
 
 # Below this share of the largest value it could have, a squared length that was got by subtraction
 # has lost six of its sixteen digits; the rows concerned are then computed directly.
 _CANCELLED = 1e-6
 
-# Elements of W0 held in float64 at a time (32 MiB); a handful of temporaries of that size exist.
-BLOCK_ELEMENTS = 1 << 22
+# Elements of a block of rows: a few MiB, so that all updates find it in the processor's cache.
+BLOCK_ELEMENTS = 1 << 20
 
 
 def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
@@ -38,6 +40,55 @@ def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
     rows, features = shape
     step = max(1, BLOCK_ELEMENTS // max(1, features))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class Rows:
+    """A block of rows of W0, as stored, and what several updates ask of it, computed once.
+
+    Parameters
+    ----------
+    stored : Tensor
+        The rows, shape (vectors, features), in their stored dtype.
+    """
+
+    def __init__(self, stored: Float[Tensor, "vectors features"]) -> None:
+        self.stored = stored
+
+    @cached_property
+    def double(self) -> Float[Tensor, "vectors features"]:
+        """The rows in float64."""
+        return self.stored.double()
+
+    @cached_property
+    def norm(self) -> Float[Tensor, "vectors"]:
+        """m_0 of every row, in float64."""
+        if kernels.takes(self.stored):
+            return kernels.squared_norms(self.stored).sqrt()
+        none = torch.zeros((), dtype=torch.float64).expand_as(self.stored)
+        return displacement(self.double, none).norm
+
+
+def _from_products(
+    w0: Rows,
+    c: Float[Tensor, "vectors"],
+    g: Float[Tensor, "vectors"],
+    largest: Float[Tensor, "vectors"],
+    delta: Callable[[Tensor], Tensor],
+) -> Displacement:
+    """Turn c = ⟨w_0, δ⟩ and g = ‖δ‖² into a displacement.
+
+    q² = g − u² subtracts; where too little of ``largest`` is left, the rows that ``delta`` is asked
+    for are computed from their δ after all.
+    """
+    along = c / torch.where(w0.norm > 0, w0.norm, 1.0)
+    across_squared = g - along.square()
+    across = across_squared.clamp(min=0).sqrt()
+    lost = (across_squared < _CANCELLED * largest).nonzero().squeeze(1)
+    for block in row_blocks((len(lost), w0.stored.shape[1])):
+        some = lost[block]
+        exact = displacement(w0.stored[some].double(), delta(some))
+        along[some], across[some] = exact.along, exact.across
+    return Displacement(w0.norm, along, across)
 
 
 @runtime_checkable  # for the shape checks of the tests
@@ -53,8 +104,8 @@ class RowUpdate(Protocol):
         """Give the same update restricted to a block of rows."""
         ...
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
-        """Tell how each row of ``w0`` moves; ``w0`` is in float64 and of this update's shape."""
+    def displacement(self, w0: Rows) -> Displacement:
+        """Tell how each row of ``w0``, of this update's shape, moves."""
         ...
 
 
@@ -100,9 +151,18 @@ class Dense:
         """Give the update of W0ᵀ."""
         return Dense(self.weight.T)
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
+    def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = Wt − W0."""
-        return displacement(w0, self.weight.double() - w0)
+        dtype = torch.promote_types(w0.stored.dtype, self.weight.dtype)
+        start, end = w0.stored.to(dtype), self.weight.to(dtype)
+        if not (kernels.takes(start) and kernels.takes(end)):
+            return displacement(w0.double, self.weight.double() - w0.double)
+        c, g = kernels.products_with_change(start, end)
+
+        def delta(some: Tensor) -> Tensor:
+            return end[some].double() - start[some].double()
+
+        return _from_products(w0, c, g, g, delta)
 
 
 def inner_products(
@@ -169,37 +229,20 @@ class LowRank:
         """Give the update of W0ᵀ: (B·A)ᵀ = Aᵀ·Bᵀ."""
         return LowRank(self.B.T, self.A.T, self.scaling)
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
-        """Tell how each row moves, by inner products of rank-sized rows.
-
-        q² = ‖δ‖² − u² subtracts; where little is left of it, because δ is almost parallel to the
-        row or because the rank-one terms cancel each other, the row's δ is formed after all.
-        """
+    def displacement(self, w0: Rows) -> Displacement:
+        """Tell how each row moves, by inner products of rank-sized rows."""
         A, B = self.A.double(), self.B.double()
-        norm = torch.linalg.vector_norm(w0, dim=1)
-        c, g = inner_products(w0, A, B, self.scaling)
-        along = c / torch.where(norm > 0, norm, 1.0)
-        across_squared = g - along.square()
+        c, g = inner_products(w0.double, A, B, self.scaling)
+        # What ‖δ‖² could be at most, if the rank-one terms did not cancel each other.
         largest = self.scaling**2 * B.square().sum(dim=1) * A.square().sum()
-        move = Displacement(norm, along, across_squared.clamp(min=0).sqrt())
-        lost = across_squared < _CANCELLED * largest
-        return self._direct(w0, move, lost) if lost.any() else move
-
-    def _direct(self, w0: Tensor, move: Displacement, which: Tensor) -> Displacement:
-        """Replace the displacement of the rows ``which`` by one computed from their δ."""
-        index = which.nonzero().squeeze(1)
-        along, across = move.along.clone(), move.across.clone()
-        for block in row_blocks((len(index), w0.shape[1])):
-            some = index[block]
-            delta = self.scaling * (self.B[some].double() @ self.A.double())
-            exact = displacement(w0[some], delta)
-            along[some], across[some] = exact.along, exact.across
-        return Displacement(move.norm, along, across)
+        return _from_products(w0, c, g, largest, lambda some: self.scaling * (B[some] @ A))
 
 
 @dataclass(frozen=True)
 class WeightDecomposed:
     """Wt = m ⊙ V/‖V‖ with V = W0 + s·B·A, row by row: DoRA, Eq. 5 of arXiv 2402.09353.
+
+    An update of the magnitudes alone is one whose direction has rank 0.
 
     Attributes
     ----------
@@ -229,12 +272,12 @@ class WeightDecomposed:
     def transposed(self, w0: Tensor) -> ColumnScaled:
         """Give the update of W0ᵀ, whose columns are scaled where the rows of W0 were."""
         moves = [
-            self.direction.rows(block).displacement(w0[block].double())
+            self.direction.rows(block).displacement(Rows(w0[block]))
             for block in row_blocks(self.shape)
         ]
         return ColumnScaled(self.direction.transposed(w0), self._scale(join(moves)))
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
+    def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves: V's displacement, stretched by κ = m/‖V‖."""
         move = self.direction.displacement(w0)
         scale = self._scale(move)
@@ -266,8 +309,8 @@ class ColumnScaled:
         """Give the same update restricted to a block of rows."""
         return ColumnScaled(self.low_rank.rows(block), self.scale)
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
+    def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = (κ − 1)·W0 + κ·s·B·A."""
         product = self.low_rank.B.double() @ self.low_rank.A.double()
-        delta = (self.scale - 1) * w0 + self.scale * (self.low_rank.scaling * product)
-        return displacement(w0, delta)
+        delta = (self.scale - 1) * w0.double + self.scale * (self.low_rank.scaling * product)
+        return displacement(w0.double, delta)

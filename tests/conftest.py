@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 # Every jaxtyping annotation in these rooms is checked while the tests run; it costs users nothing.
 install_import_hook(
-    ["wda.decomposition", "wda.updates", "wda.adapters.lora", "wda.adapters.dora"],
+    ["wda.decomposition", "wda.rows", "wda.updates", "wda.adapters.lora", "wda.adapters.dora"],
     "beartype.beartype",
 )
 mpl.use("Agg")

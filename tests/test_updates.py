@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from wda import engine, updates
+from wda import engine, rows, updates
 from wda.decomposition import decomposition
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
@@ -109,8 +109,8 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
         WeightDecomposed(low_rank, w0.norm(dim=1) * 1.1),
     ]
     whole = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
-    monkeypatch.setattr(updates, "BLOCK_ELEMENTS", 2 * IN)
-    assert len(list(updates.row_blocks((OUT, IN)))) == 3
+    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 2 * IN)
+    assert len(list(rows.row_blocks((OUT, IN)))) == 3
     cut = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
     for one, other in zip(whole, cut, strict=True):
         assert torch.allclose(one.magnitude_change, other.magnitude_change, rtol=1e-12)

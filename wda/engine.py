@@ -14,7 +14,8 @@ from wda.decomposition import Decomposition, Displacement, Per, decomposition, j
 from wda.errors import CheckpointError
 from wda.naming import Matrix
 from wda.pairing import Pairing, Source
-from wda.updates import Rows, RowUpdate, Update, row_blocks
+from wda.rows import Factors, Rows, row_blocks
+from wda.updates import RowUpdate, Update
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displ
     if per == "input":
         moving, w0 = [update.transposed(w0) for update in updates], w0.T
     parts: list[list[Displacement]] = [[] for _ in moving]
+    factors = Factors([factor for update in moving for factor in update.factors])
     for block in row_blocks((w0.shape[0], w0.shape[1])):
-        rows = Rows(w0[block].contiguous())
+        rows = Rows(w0[block].contiguous(), factors)
         for update, moves in zip(moving, parts, strict=True):
             moves.append(update.rows(block).displacement(rows))
     return [join(moves) for moves in parts]

@@ -15,9 +15,8 @@ class                   Wt                                     cost of a row's d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,46 +25,11 @@ from torch import Tensor
 
 from wda import kernels
 from wda.decomposition import Displacement, displacement, join
+from wda.rows import Factors, Rows, row_blocks
 
 # Below this share of the largest value it could have, a squared length that was got by subtraction
 # has lost six of its sixteen digits; the rows concerned are then computed directly.
 _CANCELLED = 1e-6
-
-# Elements of a block of rows: a few MiB, so that all updates find it in the processor's cache.
-BLOCK_ELEMENTS = 1 << 20
-
-
-def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Cut the rows of a matrix into slices of at most ``BLOCK_ELEMENTS`` elements each."""
-    rows, features = shape
-    step = max(1, BLOCK_ELEMENTS // max(1, features))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-class Rows:
-    """A block of rows of W0, as stored, and what several updates ask of it, computed once.
-
-    Parameters
-    ----------
-    stored : Tensor
-        The rows, shape (vectors, features), in their stored dtype.
-    """
-
-    def __init__(self, stored: Float[Tensor, "vectors features"]) -> None:
-        self.stored = stored
-
-    @cached_property
-    def double(self) -> Float[Tensor, "vectors features"]:
-        """The rows in float64."""
-        return self.stored.double()
-
-    @cached_property
-    def norm(self) -> Float[Tensor, "vectors"]:
-        """m_0 of every row, in float64."""
-        if kernels.takes(self.stored):
-            return kernels.squared_norms(self.stored).sqrt()
-        none = torch.zeros((), dtype=torch.float64).expand_as(self.stored)
-        return displacement(self.double, none).norm
 
 
 def _from_products(
@@ -98,6 +62,11 @@ class RowUpdate(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (vectors, features) of the matrix this update applies to."""
+        ...
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
         ...
 
     def rows(self, block: slice) -> RowUpdate:
@@ -143,6 +112,11 @@ class Dense:
         """The dtype Wt is stored in."""
         return self.weight.dtype
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return ()
+
     def rows(self, block: slice) -> Dense:
         """Give the same update restricted to a block of rows."""
         return Dense(self.weight[block])
@@ -166,20 +140,24 @@ class Dense:
 
 
 def inner_products(
-    w0: Float[Tensor, "vectors features"],
-    A: Float[Tensor, "rank features"],
+    projected: Float[Tensor, "vectors rank"],
+    gram: Float[Tensor, "rank rank"],
     B: Float[Tensor, "vectors rank"],
     scaling: float,
-) -> tuple[Float[Tensor, vectors], Float[Tensor, vectors]]:
+) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
     """Inner products of the rows of δ = s·B·A with those of W0 and with themselves.
 
     With them ‖w_0 + δ‖² = ‖w_0‖² + 2c + g, which is what a weight-decomposed layer divides by.
-    Neither B·A nor W0 + s·B·A is formed; differentiable in A and B.
+    Neither B·A nor W0 + s·B·A is formed; differentiable in all tensors.
 
     Parameters
     ----------
-    w0, A, B : Tensor
-        The matrix and the two factors, in one dtype.
+    projected : Tensor
+        W0·Aᵀ.
+    gram : Tensor
+        A·Aᵀ.
+    B : Tensor
+        The factor on the left.
     scaling : float
         The factor s.
 
@@ -190,8 +168,8 @@ def inner_products(
     g : Tensor
         ‖δ‖² of every row.
     """
-    c = scaling * ((w0 @ A.T) * B).sum(dim=1)
-    g = scaling**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
+    c = scaling * (projected * B).sum(dim=1)
+    g = scaling**2 * ((B @ gram) * B).sum(dim=1)
     return c, g
 
 
@@ -221,6 +199,11 @@ class LowRank:
         """The dtype the factors are stored in."""
         return self.B.dtype
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return (self.A,)
+
     def rows(self, block: slice) -> LowRank:
         """Give the same update restricted to a block of rows."""
         return LowRank(self.A, self.B[block], self.scaling)
@@ -231,11 +214,15 @@ class LowRank:
 
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, by inner products of rank-sized rows."""
-        A, B = self.A.double(), self.B.double()
-        c, g = inner_products(w0.double, A, B, self.scaling)
+        B, gram = self.B.double(), w0.factors.gram(self.A)
+        c, g = inner_products(w0.times(self.A), gram, B, self.scaling)
         # What ‖δ‖² could be at most, if the rank-one terms did not cancel each other.
-        largest = self.scaling**2 * B.square().sum(dim=1) * A.square().sum()
-        return _from_products(w0, c, g, largest, lambda some: self.scaling * (B[some] @ A))
+        largest = self.scaling**2 * B.square().sum(dim=1) * gram.trace()
+
+        def delta(some: Tensor) -> Tensor:
+            return self.scaling * (B[some] @ self.A.double())
+
+        return _from_products(w0, c, g, largest, delta)
 
 
 @dataclass(frozen=True)
@@ -265,14 +252,20 @@ class WeightDecomposed:
         """The dtype the factors are stored in."""
         return self.direction.dtype
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return self.direction.factors
+
     def rows(self, block: slice) -> WeightDecomposed:
         """Give the same update restricted to a block of rows."""
         return WeightDecomposed(self.direction.rows(block), self.magnitude[block])
 
     def transposed(self, w0: Tensor) -> ColumnScaled:
         """Give the update of W0ᵀ, whose columns are scaled where the rows of W0 were."""
+        factors = Factors(self.factors)
         moves = [
-            self.direction.rows(block).displacement(Rows(w0[block]))
+            self.direction.rows(block).displacement(Rows(w0[block], factors))
             for block in row_blocks(self.shape)
         ]
         return ColumnScaled(self.direction.transposed(w0), self._scale(join(moves)))
@@ -304,6 +297,11 @@ class ColumnScaled:
     def shape(self) -> tuple[int, int]:
         """Shape (vectors, features)."""
         return self.low_rank.shape
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return ()
 
     def rows(self, block: slice) -> ColumnScaled:
         """Give the same update restricted to a block of rows."""

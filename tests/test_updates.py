@@ -117,6 +117,17 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
         assert torch.allclose(one.direction_change, other.direction_change, rtol=1e-12)
 
 
+def test_factors_that_do_not_fit_together_go_in_groups() -> None:
+    w0, A, B = parts(1e-2)
+    chosen = [LowRank(A * i, B, SCALING) for i in (1, 2, 3)] + [Dense(w0 + B @ A)]
+    together = engine.displacements(w0, chosen, "output")
+    assert [len(g) for g in engine._grouped(chosen, 2 * 8 * A.numel())] == [2, 2]
+    apart = engine.displacements(w0, chosen, "output", factor_bytes=1)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.allclose(one.across, other.across, rtol=1e-12)
+        assert torch.allclose(one.along, other.along, rtol=1e-10)
+
+
 def test_low_rank_never_forms_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     w0, A, B = parts(1e-2)
     monkeypatch.setattr(updates, "displacement", None)  # what a formed δ would be given to

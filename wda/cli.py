@@ -90,6 +90,12 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Write tables, figure and provenance into this folder."),
     ] = None,
+    max_memory: Annotated[
+        int,
+        typer.Option(
+            "--max-memory", min=128, metavar="MIB", help="MiB to take beside mapped files."
+        ),
+    ] = 512,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -126,7 +132,14 @@ def compare(
     labels = None if matrices is None else [word for word in matrices.split(",") if word]
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with staged_folder(out) if out else nullcontext() as folder:
-        comparison = run_compare(what, base, labels, per, progress=sys.stderr.isatty())  # type: ignore[arg-type]
+        comparison = run_compare(
+            what,
+            base,
+            labels,
+            per,  # type: ignore[arg-type]
+            max_memory=max_memory << 20,
+            progress=sys.stderr.isatty(),
+        )
         if folder is not None:
             comparison.write(folder)
     _say(*comparison.notes)

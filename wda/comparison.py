@@ -12,7 +12,7 @@ import pandas as pd
 
 from wda.checkpoints import open_base
 from wda.decomposition import Per
-from wda.engine import Measurement, measure
+from wda.engine import DEFAULT_MEMORY, Measurement, measure
 from wda.errors import LocationError, ManifestError, listing
 from wda.files import describe, staged_folder
 from wda.locations import of_model_reference, resolve
@@ -74,6 +74,7 @@ def compare(
     matrices: Sequence[str] | None = None,
     per: Per | None = None,
     executor: Executor | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -91,7 +92,9 @@ def compare(
     per : {"output", "input"}, optional
         One vector per output feature, as in the paper and by default, or per input feature.
     executor : concurrent.futures.Executor, optional
-        Runs the work, one unit per matrix of the base; by default it runs in this thread.
+        Runs the work, one unit per matrix of the base; by default threads of this process.
+    max_memory : int
+        Bytes that those threads may take together, beside the pages of mapped files.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -117,6 +120,7 @@ def compare(
             pairings,
             manifest.per,
             executor,
+            max_memory,
             on_done=lambda pairing: bar.update(task, advance=1, note=str(pairing.matrix)),
         )
     order = {id(member.checkpoint): i for i, member in enumerate(members)}

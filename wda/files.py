@@ -68,9 +68,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Hashing more than a GiB would take longer than the comparison it is for.
+_MOST_HASHED = 1 << 30
+
+
 def describe(paths: Iterable[Path]) -> list[dict[str, object]]:
-    """Tell name, size and SHA-256 of each file."""
-    return [{"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths]
+    """Tell name and size of each file, and its SHA-256 where all of them are at most a GiB."""
+    files = list(paths)
+    hashed = sum(path.stat().st_size for path in files) <= _MOST_HASHED
+    return [
+        {"file": p.name, "bytes": p.stat().st_size, "sha256": sha256(p) if hashed else None}
+        for p in files
+    ]
 
 
 def _first_missing(folder: Path) -> Path | None:

@@ -35,6 +35,7 @@ ROOMS: list[set[str]] = [
     {"training"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 WITHOUT_TORCH = ("table", "statistics", "style", "figures")
 

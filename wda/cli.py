@@ -129,13 +129,12 @@ def compare(
 
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
-    labels = None if matrices is None else [word for word in matrices.split(",") if word]
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with staged_folder(out) if out else nullcontext() as folder:
         comparison = run_compare(
             what,
             base,
-            labels,
+            matrices,
             per,  # type: ignore[arg-type]
             max_memory=max_memory << 20,
             progress=sys.stderr.isatty(),

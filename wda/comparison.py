@@ -71,7 +71,7 @@ class Comparison:
 def compare(
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
     executor: Executor | None = None,
     max_memory: int = DEFAULT_MEMORY,
@@ -86,9 +86,9 @@ def compare(
         manifest ending in ``.yaml``.
     base : path or location, optional
         The pre-trained model; by default the manifest's, else what the adapters name.
-    matrices : sequence of str, optional
-        Labels such as ``"query"``, modules' last names such as ``"q_proj"``, or ``"re:PATTERN"``;
-        by default the manifest's, else query and value.
+    matrices : str or sequence of str, optional
+        Labels such as ``"query"``, modules' last names such as ``"q_proj"``, or ``"re:PATTERN"``,
+        in a sequence or with commas between; by default the manifest's, else query and value.
     per : {"output", "input"}, optional
         One vector per output feature, as in the paper and by default, or per input feature.
     executor : concurrent.futures.Executor, optional
@@ -128,7 +128,21 @@ def compare(
     table = make_table(_row(measurement) for measurement in measurements)
     facts = _facts(manifest, members)
     facts["base"] = {"location": base_location, "files": describe(opened.files)}
+    notes += _undirected_note(table)
     return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
+
+
+def _undirected_note(table: pd.DataFrame) -> list[str]:
+    """Say once that vectors without direction were left out, and of how many matrices."""
+    rows = table[table["n_undirected"] > 0]
+    if rows.empty:
+        return []
+    modules = listing(dict.fromkeys(rows["module"]), 4)
+    return [
+        f"vectors that are zero before or after have no direction and are left out of ΔD: "
+        f"{rows['n_undirected'].sum()} in {len(rows)} rows of the table ({modules}); see the "
+        "column n_undirected"
+    ]
 
 
 def reopen(path: str | Path) -> Comparison:

@@ -15,8 +15,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Sums may be taken in any order, so that they are vectorised; NaN and Inf keep their meaning.
-_compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+
+def _compiled(function: Callable[..., None]) -> Any:
+    """Compile a kernel, and keep the result for later processes where a folder can be written to.
+
+    Sums may be taken in any order, so that they are vectorised; NaN and Inf keep their meaning.
+    """
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # numba finds no place for its cache
+        return numba.njit(**options)(function)
+
+
 _inlined = numba.njit(inline="always")
 
 

@@ -4,13 +4,14 @@ An update knows how every row of W0 moves (:class:`~wda.decomposition.Displaceme
 cut into blocks of rows, so that W0 streams past all updates once, and transposed, so that
 ``per="input"`` is the same computation on the transposed matrices.
 
-======================  =====================================  ==================================
-class                   Wt                                     cost of a row's displacement
-======================  =====================================  ==================================
-:class:`Dense`          the stored matrix                      O(in)
-:class:`LowRank`        W0 + s·B·A                             O(in·r), B·A is never formed
-:class:`WeightDecomposed`  m ⊙ V/‖V‖ with V = W0 + s·B·A       the same
-======================  =====================================  ==================================
+=========================  ===================================  =============================
+class                      Wt                                   cost of a row's displacement
+=========================  ===================================  =============================
+:class:`Dense`             the stored matrix                    O(in)
+:class:`LowRank`           W0 + s·B·A                           O(in·r), B·A is never formed
+:class:`WeightDecomposed`  m ⊙ V/‖V‖ with V = W0 + s·B·A        the same
+:class:`ColumnScaled`      (W0 + s·B·A) ⊙ κ, a transposed DoRA  O(in·r), formed by blocks
+=========================  ===================================  =============================
 """
 
 from __future__ import annotations
@@ -30,29 +31,6 @@ from wda.rows import Factors, Rows, row_blocks
 # Below this share of the largest value it could have, a squared length that was got by subtraction
 # has lost six of its sixteen digits; the rows concerned are then computed directly.
 _CANCELLED = 1e-6
-
-
-def _from_products(
-    w0: Rows,
-    c: Float[Tensor, "vectors"],
-    g: Float[Tensor, "vectors"],
-    largest: Float[Tensor, "vectors"],
-    delta: Callable[[Tensor], Tensor],
-) -> Displacement:
-    """Turn c = ⟨w_0, δ⟩ and g = ‖δ‖² into a displacement.
-
-    q² = g − u² subtracts; where too little of ``largest`` is left, the rows that ``delta`` is asked
-    for are computed from their δ after all.
-    """
-    along = c / torch.where(w0.norm > 0, w0.norm, 1.0)
-    across_squared = g - along.square()
-    across = across_squared.clamp(min=0).sqrt()
-    lost = (across_squared < _CANCELLED * largest).nonzero().squeeze(1)
-    for block in row_blocks((len(lost), w0.stored.shape[1])):
-        some = lost[block]
-        exact = displacement(w0.stored[some].double(), delta(some))
-        along[some], across[some] = exact.along, exact.across
-    return Displacement(w0.norm, along, across)
 
 
 @runtime_checkable  # for the shape checks of the tests
@@ -312,3 +290,26 @@ class ColumnScaled:
         product = self.low_rank.B.double() @ self.low_rank.A.double()
         delta = (self.scale - 1) * w0.double + self.scale * (self.low_rank.scaling * product)
         return displacement(w0.double, delta)
+
+
+def _from_products(
+    w0: Rows,
+    c: Float[Tensor, "vectors"],
+    g: Float[Tensor, "vectors"],
+    largest: Float[Tensor, "vectors"],
+    delta: Callable[[Tensor], Tensor],
+) -> Displacement:
+    """Turn c = ⟨w_0, δ⟩ and g = ‖δ‖² into a displacement.
+
+    q² = g − u² subtracts; where too little of ``largest`` is left, the rows that ``delta`` is asked
+    for are computed from their δ after all.
+    """
+    along = c / torch.where(w0.norm > 0, w0.norm, 1.0)
+    across_squared = g - along.square()
+    across = across_squared.clamp(min=0).sqrt()
+    lost = (across_squared < _CANCELLED * largest).nonzero().squeeze(1)
+    for block in row_blocks((len(lost), w0.stored.shape[1])):
+        some = lost[block]
+        exact = displacement(w0.stored[some].double(), delta(some))
+        along[some], across[some] = exact.along, exact.across
+    return Displacement(w0.norm, along, across)

@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help env demo test test-all check format clean
+.PHONY: help env demo test test-all bench check format clean
 
 help:
 	@echo "make demo      train a small model three ways, compare, draw (about 10 minutes)"
 	@echo "make test      the test suite, without what is marked slow"
 	@echo "make test-all  the whole test suite"
+	@echo "make bench     measure against peers; writes docs/benchmarks.md"
 	@echo "make check     lint, format and type checks"
 	@echo "make format    put the code into the house's format"
 
@@ -29,6 +30,9 @@ test: env
 
 test-all: env
 	$(BIN)/pytest
+
+bench: env
+	$(BIN)/python benchmarks/run.py
 
 check: env
 	$(BIN)/ruff check .

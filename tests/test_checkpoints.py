@@ -287,6 +287,18 @@ def test_the_base_an_adapter_names_is_found(runs: dict[str, Path], tmp_path: Pat
         wda.compare([runs["lora"], tmp_path / "b"], progress=False)
 
 
+def test_vectors_without_direction_are_counted_and_said_once(tmp_path: Path) -> None:
+    weights = pico_weights()
+    weights["encoder.layer.1.attention.self.query.weight"][[2, 5]] = 0
+    base = save_model(tmp_path / "base", weights)
+    folders = [save_model(tmp_path / n, moved(weights, 0.01, seed=i)) for i, n in enumerate("ab")]
+    comparison = wda.compare(folders, base=base, matrices="query", progress=False)
+    assert comparison.table["n_undirected"].sum() == 4
+    assert comparison.table["delta_d"].notna().all()
+    (note,) = comparison.notes
+    assert "have no direction and are left out of ΔD: 4 in 2 rows" in note
+
+
 def test_a_base_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     save_pico_adapter(tmp_path / "a", base_model_name_or_path="/old/disk/llama")
     with pytest.raises(WdaError, match="name /old/disk/llama as their base.*give it with --base"):

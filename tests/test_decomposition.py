@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wda.decomposition import check_per, decompose, displacement
+from wda.decomposition import (
+    Decomposition,
+    check_per,
+    decompose,
+    decomposition,
+    displacement,
+)
+from wda.engine import displacements
+from wda.updates import Dense
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -32,16 +40,61 @@ def random_pair(
 
 @pytest.mark.parametrize("per", ["output", "input"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
 def test_agrees_with_50_digits_on_the_stored_values(
     size: float, dtype: torch.dtype, per: str
 ) -> None:
     w0, wt = random_pair(size, dtype)
-    d = decompose(w0, wt, per=per)
     delta_m, delta_d = oracle.deltas(oracle.vectors(w0, per), oracle.vectors(wt, per))
-    # 16 digits less what squaring lengths and summing tens of terms cost.
-    assert d.delta_m == pytest.approx(delta_m, rel=1e-9, abs=1e-16)
-    assert d.delta_d == pytest.approx(delta_d, rel=1e-6, abs=1e-19)
+    for d in (decompose(w0, wt, per=per), streamed(w0, wt, per)):
+        # 16 digits less what squaring lengths and summing tens of terms cost.
+        assert d.delta_m == pytest.approx(delta_m, rel=1e-6, abs=1e-20)
+        assert d.delta_d == pytest.approx(delta_d, rel=1e-6, abs=1e-30)
+
+
+def streamed(w0: torch.Tensor, wt: torch.Tensor, per: str) -> Decomposition:
+    """The way of the engine, through the compiled kernels where there is one."""
+    (move,) = displacements(w0, [Dense(wt)], per)  # type: ignore[arg-type]
+    return decomposition(move)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float64, 1e200),
+        (torch.float64, 1e300),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e-300),
+        (torch.float32, 1e37),
+        (torch.float32, 1e-37),
+        (torch.float32, 1e-42),  # denormal
+        (torch.bfloat16, 1e37),
+        (torch.bfloat16, 1e-38),
+        (torch.float16, 1e4),
+        (torch.float16, 1e-6),  # denormal
+    ],
+    ids=str,
+)
+def test_huge_and_denormal_numbers(dtype: torch.dtype, scale: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    w0, wt = (start * scale).to(dtype), ((1.1 * start + 0.1) * scale).to(dtype)
+    magnitude, direction = oracle.changes(
+        oracle.vectors(w0, "output"), oracle.vectors(wt, "output")
+    )
+    for d in (decompose(w0, wt), streamed(w0, wt, "output")):
+        assert d.magnitude_change.tolist() == pytest.approx([float(m) for m in magnitude], rel=1e-9)
+        assert d.direction_change.tolist() == pytest.approx([float(x) for x in direction], rel=1e-9)
+
+
+@pytest.mark.parametrize("start", DTYPES, ids=str)
+@pytest.mark.parametrize("end", DTYPES, ids=str)
+def test_base_and_checkpoint_may_differ_in_dtype(start: torch.dtype, end: torch.dtype) -> None:
+    w0, _ = random_pair(0, start)
+    _, wt = random_pair(1e-2, end)
+    truth = oracle.deltas(oracle.vectors(w0, "output"), oracle.vectors(wt, "output"))
+    d = streamed(w0, wt, "output")
+    assert (d.delta_m, d.delta_d) == pytest.approx(truth, rel=1e-7)
 
 
 def test_small_updates_keep_their_digits_where_float32_has_none() -> None:
@@ -71,12 +124,14 @@ def test_pure_rotation_changes_no_magnitude() -> None:
     assert d.delta_d == pytest.approx(2 * math.sin(angle / 2) ** 2, rel=1e-12)
 
 
-def test_growth_does_not_swallow_a_small_turn() -> None:
-    """The difference of two large squares would: here 1 − cos is 5e-13 beside a growth by 10 %."""
-    w0 = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    wt = torch.tensor([[1.1, 1.1e-6]], dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_growth_does_not_swallow_a_small_turn(dtype: torch.dtype) -> None:
+    """A difference of large squares would: here 1 − cos is 4e-15 beside a growth by 12.5 %."""
+    w0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)
+    wt = torch.tensor([[1.125, 1e-7, 0.0]], dtype=dtype)
     _, truth = oracle.deltas(oracle.vectors(w0, "output"), oracle.vectors(wt, "output"))
-    assert decompose(w0, wt).delta_d == pytest.approx(truth, rel=1e-12)
+    for d in (decompose(w0, wt), streamed(w0, wt, "output")):
+        assert d.delta_d == pytest.approx(truth, rel=1e-12, abs=0)
 
 
 def test_a_reversed_vector_has_direction_change_two() -> None:

@@ -136,6 +136,15 @@ def test_many_layers_and_steps_stay_legible() -> None:
     assert sizes.max() > 3 * sizes.min()
 
 
+def test_long_names_are_broken_over_lines() -> None:
+    table = made_table(runs=("organisation-long-model-name-7b-instruct-v0.3", "lora"))
+    figure = figures.scatter_grid(table, compute_statistics(table))
+    figure.canvas.draw()
+    first, second = (ax.title.get_window_extent() for ax in figure.axes)
+    assert first.x1 < second.x0
+    assert figure.axes[0].get_title().replace("\n", "") == table["run"].iloc[0]
+
+
 def test_one_point_is_drawn_without_a_line() -> None:
     table = made_table(layers=1, steps=1, runs=("lora",))
     figure = figures.scatter_grid(table, compute_statistics(table))

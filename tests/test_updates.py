@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from wda import engine, updates
+from wda import engine, rows, updates
 from wda.decomposition import decomposition
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
@@ -52,6 +52,17 @@ def test_weight_decomposed(size: float, per: str) -> None:
 
 
 @pytest.mark.parametrize("per", ["output", "input"])
+def test_magnitudes_alone_are_a_weight_decomposed_update_of_rank_zero(per: str) -> None:
+    w0, _, _ = parts(0)
+    magnitude = w0.norm(dim=1) * (1 + torch.linspace(-0.2, 0.3, OUT))
+    none = LowRank(torch.empty(0, IN), torch.empty(OUT, 0), SCALING)
+    got = measured(w0, WeightDecomposed(none, magnitude), per)
+    wt = oracle.weight_decomposed(oracle.vectors(w0, "output"), magnitude)
+    assert got == pytest.approx(truth(w0, wt, per), rel=1e-8, abs=1e-40)
+    assert (got[1] == 0) is (per == "output")
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
 def test_dense(per: str) -> None:
     w0, A, B = parts(1e-3)
     wt = w0 + SCALING * B @ A
@@ -62,12 +73,12 @@ def test_dense(per: str) -> None:
 def test_terms_that_cancel_are_computed_directly() -> None:
     """A converted adapter holds [B, −B0]·[A; A0]: two large products, a small difference."""
     w0, A, B = parts(1.0)
-    A2 = torch.cat([A, A])
-    B2 = torch.cat([B, -B * (1 + 1e-6)], dim=1)
+    noise = torch.randn(A.shape, generator=torch.Generator().manual_seed(9))
+    A2 = torch.cat([A, A + 1e-6 * noise])
+    B2 = torch.cat([B, -B], dim=1)
     got = measured(w0, LowRank(A2, B2, SCALING), "output")
-    assert got == pytest.approx(
-        truth(w0, oracle.low_rank_weight(w0, A2, B2, SCALING), "output"), rel=1e-8
-    )
+    wt = oracle.low_rank_weight(w0, A2, B2, SCALING)
+    assert got == pytest.approx(truth(w0, wt, "output"), rel=1e-8, abs=0)
 
 
 def test_an_update_along_w0_changes_no_direction() -> None:
@@ -98,12 +109,23 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
         WeightDecomposed(low_rank, w0.norm(dim=1) * 1.1),
     ]
     whole = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
-    monkeypatch.setattr(updates, "BLOCK_ELEMENTS", 2 * IN)
-    assert len(list(updates.row_blocks((OUT, IN)))) == 3
+    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 2 * IN)
+    assert len(list(rows.row_blocks((OUT, IN)))) == 3
     cut = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
     for one, other in zip(whole, cut, strict=True):
         assert torch.allclose(one.magnitude_change, other.magnitude_change, rtol=1e-12)
         assert torch.allclose(one.direction_change, other.direction_change, rtol=1e-12)
+
+
+def test_factors_that_do_not_fit_together_go_in_groups() -> None:
+    w0, A, B = parts(1e-2)
+    chosen = [LowRank(A * i, B, SCALING) for i in (1, 2, 3)] + [Dense(w0 + B @ A)]
+    together = engine.displacements(w0, chosen, "output")
+    assert [len(g) for g in engine._grouped(chosen, 2 * 8 * A.numel())] == [2, 2]
+    apart = engine.displacements(w0, chosen, "output", factor_bytes=1)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.allclose(one.across, other.across, rtol=1e-12)
+        assert torch.allclose(one.along, other.along, rtol=1e-10)
 
 
 def test_low_rank_never_forms_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

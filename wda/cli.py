@@ -95,6 +95,12 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Write tables, figure and provenance into this folder."),
     ] = None,
+    max_memory: Annotated[
+        int,
+        typer.Option(
+            "--max-memory", min=128, metavar="MIB", help="MiB to take beside mapped files."
+        ),
+    ] = 512,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -137,15 +143,21 @@ def compare(
 
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
-    labels = None if matrices is None else [word for word in matrices.split(",") if word]
     if dry_run:
         from wda.comparison import plan
 
-        _show_plan(plan(what, base, labels), as_json)
+        _show_plan(plan(what, base, matrices), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with staged_folder(out) if out else nullcontext() as folder:
-        comparison = run_compare(what, base, labels, per, progress=sys.stderr.isatty())  # type: ignore[arg-type]
+        comparison = run_compare(
+            what,
+            base,
+            matrices,
+            per,  # type: ignore[arg-type]
+            max_memory=max_memory << 20,
+            progress=sys.stderr.isatty(),
+        )
         if folder is not None:
             comparison.write(folder)
     _say(*comparison.notes)

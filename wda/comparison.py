@@ -12,7 +12,7 @@ import pandas as pd
 
 from wda.checkpoints import FullCheckpoint, open_base
 from wda.decomposition import Per
-from wda.engine import Measurement, measure
+from wda.engine import DEFAULT_MEMORY, Measurement, measure
 from wda.errors import LocationError, ManifestError, listing
 from wda.files import describe, staged_folder
 from wda.locations import locate, of_model_reference
@@ -73,9 +73,10 @@ class Comparison:
 def compare(
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
     executor: Executor | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -87,13 +88,15 @@ def compare(
         manifest ending in ``.yaml``.
     base : path or location, optional
         The pre-trained model; by default the manifest's, else what the adapters name.
-    matrices : sequence of str, optional
-        Labels such as ``"query"``, modules' last names such as ``"q_proj"``, or ``"re:PATTERN"``;
-        by default the manifest's, else query and value.
+    matrices : str or sequence of str, optional
+        Labels such as ``"query"``, modules' last names such as ``"q_proj"``, or ``"re:PATTERN"``,
+        in a sequence or with commas between; by default the manifest's, else query and value.
     per : {"output", "input"}, optional
         One vector per output feature, as in the paper and by default, or per input feature.
     executor : concurrent.futures.Executor, optional
-        Runs the work, one unit per matrix of the base; by default it runs in this thread.
+        Runs the work, one unit per matrix of the base; by default threads of this process.
+    max_memory : int
+        Bytes that those threads may take together, beside the pages of mapped files.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -117,6 +120,7 @@ def compare(
             opened.pairings,
             manifest.per,
             executor,
+            max_memory,
             on_done=lambda pairing: bar.update(task, advance=1, note=str(pairing.matrix)),
         )
     order = {id(member.checkpoint): i for i, member in enumerate(members)}
@@ -124,13 +128,27 @@ def compare(
     table = make_table(_row(measurement) for measurement in measurements)
     facts = _facts(manifest, members)
     facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
-    return Comparison(table, compute_statistics(table), provenance(**facts), tuple(opened.notes))
+    notes = [*opened.notes, *_undirected_note(table)]
+    return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
+
+
+def _undirected_note(table: pd.DataFrame) -> list[str]:
+    """Say once that vectors without direction were left out, and of how many matrices."""
+    rows = table[table["n_undirected"] > 0]
+    if rows.empty:
+        return []
+    modules = listing(dict.fromkeys(rows["module"]), 4)
+    return [
+        f"vectors that are zero before or after have no direction and are left out of ΔD: "
+        f"{rows['n_undirected'].sum()} in {len(rows)} rows of the table ({modules}); see the "
+        "column n_undirected"
+    ]
 
 
 def plan(
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
 ) -> list[Reading]:
     """Tell how many bytes :func:`compare` would read, from headers alone; no tensor is read.
 
@@ -140,7 +158,7 @@ def plan(
         Run folders, or one manifest ending in ``.yaml``.
     base : path or location, optional
         The pre-trained model; by default the manifest's, else what the adapters name.
-    matrices : sequence of str, optional
+    matrices : str or sequence of str, optional
         As for :func:`compare`; by default the manifest's, else query and value.
 
     Returns
@@ -226,7 +244,6 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Plac
 
 def _row(measurement: Measurement) -> dict[str, object]:
     member, matrix = measurement.source.member, measurement.matrix
-    change = measurement.decomposition
     return {
         "run": member.run,
         "method": member.method,
@@ -238,10 +255,10 @@ def _row(measurement: Measurement) -> dict[str, object]:
         "per": measurement.per,
         "out_features": matrix.shape[0],
         "in_features": matrix.shape[1],
-        "n_vectors": change.n_vectors,
-        "delta_m": change.delta_m,
-        "delta_d": change.delta_d,
-        "n_undirected": change.n_undirected,
+        "n_vectors": measurement.n_vectors,
+        "delta_m": measurement.delta_m,
+        "delta_d": measurement.delta_d,
+        "n_undirected": measurement.n_undirected,
         "dtype": measurement.dtype,
         "base_dtype": measurement.base_dtype,
     }

@@ -78,11 +78,23 @@ def displacement(
     Displacement
         One entry per row.
     """
-    norm = torch.linalg.vector_norm(w0, dim=1)
-    unit = w0 / torch.where(norm > 0, norm, 1.0)[:, None]
-    along = (unit * delta).sum(dim=1)
-    across = torch.linalg.vector_norm(delta - along[:, None] * unit, dim=1)
-    return Displacement(norm, along, across)
+    start, start_scale = _scaled(w0)
+    change, change_scale = _scaled(delta)
+    norm = torch.linalg.vector_norm(start, dim=1)
+    unit = start / torch.where(norm > 0, norm, 1.0)[:, None]
+    along = (unit * change).sum(dim=1)
+    across = torch.linalg.vector_norm(change - along[:, None] * unit, dim=1)
+    return Displacement(start_scale * norm, change_scale * along, change_scale * across)
+
+
+def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring each row near 1 by a power of two, so that no square leaves float64's range."""
+    largest = rows.abs().amax(dim=1)
+    usable = (largest > 0) & largest.isfinite()
+    # Half of float64's range is as far as one factor reaches; what is left is harmless.
+    exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent.clamp(-1000, 1000)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return rows / scale[:, None], scale
 
 
 def join(parts: Sequence[Displacement]) -> Displacement:
@@ -98,14 +110,15 @@ def magnitude_change(move: Displacement) -> Float[Tensor, vectors]:
     """Give the signed change of magnitude, m_t − m_0, of every vector."""
     m_0, u, q = move.norm, move.along, move.across
     both = move.final_norm + m_0
-    change = (u * (2 * m_0 + u) + q.square()) / torch.where(both > 0, both, 1.0)
-    return torch.where(both > 0, change, 0.0)
+    both = torch.where(both > 0, both, 1.0)
+    # Divided before multiplied, for numbers whose squares float64 cannot hold.
+    return u / both * (2 * m_0 + u) + q / both * q
 
 
 def direction_change(move: Displacement) -> Float[Tensor, vectors]:
     """Give 1 − cos(w_t, w_0) of every vector, in [0, 2]; NaN where w_0 or w_t is zero."""
     ahead, m_t = move.norm + move.along, move.final_norm
-    small_angle = move.across.square() / (m_t * (m_t + ahead))
+    small_angle = move.across / m_t * (move.across / (m_t + ahead))
     change = torch.where(ahead >= 0, small_angle, 1 - ahead / m_t)
     return torch.where((move.norm > 0) & (m_t > 0), change, torch.nan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ Y_LABEL = "ΔM"
 
 # More layers than this are explained by a colour bar instead of a legend.
 _MOST_IN_LEGEND = 12
+
+# Letters of a title that fit above a panel.
+_TITLE_LETTERS = 24
 
 # Height of a line of a legend, in inches.
 _LEGEND_LINE = 0.17
@@ -110,11 +114,12 @@ def scatter_grid(table: pd.DataFrame, statistics: pd.DataFrame) -> Figure:
     labels = list(dict.fromkeys(table["matrix"]))
     encoding = _Encoding(table)
     with style.paper_style():
-        width = max(style.COLUMN_WIDTH, style.PAGE_WIDTH * len(runs) / 3)
+        # Three panels and the key beside them fill a page's width.
+        key = 1.05 if len(encoding.layers) <= _MOST_IN_LEGEND else 1.6
         figure, axes = plt.subplots(
             len(labels),
             len(runs),
-            figsize=(width, 2.05 * len(labels) + 0.3),
+            figsize=((style.PAGE_WIDTH - 1.05) / 3 * len(runs) + key, 2.05 * len(labels) + 0.3),
             squeeze=False,
             layout="constrained",
         )
@@ -130,7 +135,8 @@ def scatter_grid(table: pd.DataFrame, statistics: pd.DataFrame) -> Figure:
                     _draw_line(ax, points, fit, "0.2")
                     _write_fit(ax, fit)
                 if row == 0:
-                    ax.set_title(style.run_title(run, method))
+                    title = style.run_title(run, method)
+                    ax.set_title(textwrap.fill(title, _TITLE_LETTERS))
                 if column == 0:
                     ax.set_ylabel(f"{label}: {Y_LABEL}" if len(labels) > 1 else Y_LABEL)
                 if row == len(labels) - 1:
@@ -182,7 +188,8 @@ def _draw_points(
         size="step",
         sizes=encoding.sizes,
         edgecolor="white",
-        linewidth=0.3,
+        # A rim tells neighbours apart; around the small points of a long run it would be all.
+        linewidth=0.3 if len(encoding.steps) <= len(style.MARKERS) else 0,
         legend=False,
         ax=ax,
     )

@@ -70,17 +70,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Hashing more than a GiB would take longer than the comparison it is for.
+_MOST_HASHED = 1 << 30
+
+
 def describe(places: Iterable[Place]) -> list[dict[str, object]]:
-    """Tell name, size and SHA-256 of each file; of one elsewhere, what its store says it is."""
-    return [_describe(place) for place in places]
+    """Tell name and size of each file, and its SHA-256 where all of them are at most a GiB.
+
+    Of a file elsewhere it tells what its store says it is: its hash could be had only by fetching
+    all of it.
+    """
+    files = list(places)
+    hashed = sum(place.stat().st_size for place in files) <= _MOST_HASHED
+    return [_describe(place, hashed) for place in files]
 
 
-def _describe(place: Place) -> dict[str, object]:
+def _describe(place: Place, hashed: bool) -> dict[str, object]:
     known: dict[str, object] = {"file": place.name, "bytes": place.stat().st_size}
     if isinstance(place, RemotePlace):
-        # Its hash could be had only by fetching all of it.
         return known | {"mark": place.mark}
-    return known | {"sha256": sha256(Path(str(place)))}
+    return known | {"sha256": sha256(Path(str(place))) if hashed else None}
 
 
 def _first_missing(folder: Path) -> Path | None:

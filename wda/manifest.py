@@ -110,7 +110,7 @@ def load_manifest(path: Path) -> Manifest:
 def make_manifest(
     what: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
 ) -> Manifest:
     """Make a manifest from run folders, or read one; what is given beside it overrides it.
@@ -138,6 +138,8 @@ def make_manifest(
                 "manifest, see wda compare --help"
             )
         manifest = Manifest(runs=runs)
+    if isinstance(matrices, str):
+        matrices = [word.strip() for word in matrices.split(",") if word.strip()]
     given = {
         "base": None if base is None else str(base),
         "matrices": None if matrices is None else list(matrices),

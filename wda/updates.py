@@ -4,18 +4,19 @@ An update knows how every row of W0 moves (:class:`~wda.decomposition.Displaceme
 cut into blocks of rows, so that W0 streams past all updates once, and transposed, so that
 ``per="input"`` is the same computation on the transposed matrices.
 
-======================  =====================================  ==================================
-class                   Wt                                     cost of a row's displacement
-======================  =====================================  ==================================
-:class:`Dense`          the stored matrix                      O(in)
-:class:`LowRank`        W0 + s·B·A                             O(in·r), B·A is never formed
-:class:`WeightDecomposed`  m ⊙ V/‖V‖ with V = W0 + s·B·A       the same
-======================  =====================================  ==================================
+=========================  ===================================  =============================
+class                      Wt                                   cost of a row's displacement
+=========================  ===================================  =============================
+:class:`Dense`             the stored matrix                    O(in)
+:class:`LowRank`           W0 + s·B·A                           O(in·r), B·A is never formed
+:class:`WeightDecomposed`  m ⊙ V/‖V‖ with V = W0 + s·B·A        the same
+:class:`ColumnScaled`      (W0 + s·B·A) ⊙ κ, a transposed DoRA  O(in·r), formed by blocks
+=========================  ===================================  =============================
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,21 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wda import kernels
 from wda.decomposition import Displacement, displacement, join
+from wda.rows import Factors, Rows, row_blocks
 
 # Below this share of the largest value it could have, a squared length that was got by subtraction
 # has lost six of its sixteen digits; the rows concerned are then computed directly.
 _CANCELLED = 1e-6
-
-# Elements of W0 held in float64 at a time (32 MiB); a handful of temporaries of that size exist.
-BLOCK_ELEMENTS = 1 << 22
-
-
-def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Cut the rows of a matrix into slices of at most ``BLOCK_ELEMENTS`` elements each."""
-    rows, features = shape
-    step = max(1, BLOCK_ELEMENTS // max(1, features))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @runtime_checkable  # for the shape checks of the tests
@@ -49,12 +42,17 @@ class RowUpdate(Protocol):
         """Shape (vectors, features) of the matrix this update applies to."""
         ...
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        ...
+
     def rows(self, block: slice) -> RowUpdate:
         """Give the same update restricted to a block of rows."""
         ...
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
-        """Tell how each row of ``w0`` moves; ``w0`` is in float64 and of this update's shape."""
+    def displacement(self, w0: Rows) -> Displacement:
+        """Tell how each row of ``w0``, of this update's shape, moves."""
         ...
 
 
@@ -92,6 +90,11 @@ class Dense:
         """The dtype Wt is stored in."""
         return self.weight.dtype
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return ()
+
     def rows(self, block: slice) -> Dense:
         """Give the same update restricted to a block of rows."""
         return Dense(self.weight[block])
@@ -100,26 +103,39 @@ class Dense:
         """Give the update of W0ᵀ."""
         return Dense(self.weight.T)
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
+    def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = Wt − W0."""
-        return displacement(w0, self.weight.double() - w0)
+        dtype = torch.promote_types(w0.stored.dtype, self.weight.dtype)
+        start, end = w0.stored.to(dtype), self.weight.to(dtype)
+        if not (kernels.takes(start) and kernels.takes(end)):
+            return displacement(w0.double, self.weight.double() - w0.double)
+        c, g = kernels.products_with_change(start, end)
+
+        def delta(some: Tensor) -> Tensor:
+            return end[some].double() - start[some].double()
+
+        return _from_products(w0, c, g, g, delta)
 
 
 def inner_products(
-    w0: Float[Tensor, "vectors features"],
-    A: Float[Tensor, "rank features"],
+    projected: Float[Tensor, "vectors rank"],
+    gram: Float[Tensor, "rank rank"],
     B: Float[Tensor, "vectors rank"],
     scaling: float,
-) -> tuple[Float[Tensor, vectors], Float[Tensor, vectors]]:
+) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
     """Inner products of the rows of δ = s·B·A with those of W0 and with themselves.
 
     With them ‖w_0 + δ‖² = ‖w_0‖² + 2c + g, which is what a weight-decomposed layer divides by.
-    Neither B·A nor W0 + s·B·A is formed; differentiable in A and B.
+    Neither B·A nor W0 + s·B·A is formed; differentiable in all tensors.
 
     Parameters
     ----------
-    w0, A, B : Tensor
-        The matrix and the two factors, in one dtype.
+    projected : Tensor
+        W0·Aᵀ.
+    gram : Tensor
+        A·Aᵀ.
+    B : Tensor
+        The factor on the left.
     scaling : float
         The factor s.
 
@@ -130,8 +146,8 @@ def inner_products(
     g : Tensor
         ‖δ‖² of every row.
     """
-    c = scaling * ((w0 @ A.T) * B).sum(dim=1)
-    g = scaling**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
+    c = scaling * (projected * B).sum(dim=1)
+    g = scaling**2 * ((B @ gram) * B).sum(dim=1)
     return c, g
 
 
@@ -161,6 +177,11 @@ class LowRank:
         """The dtype the factors are stored in."""
         return self.B.dtype
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return (self.A,)
+
     def rows(self, block: slice) -> LowRank:
         """Give the same update restricted to a block of rows."""
         return LowRank(self.A, self.B[block], self.scaling)
@@ -169,37 +190,24 @@ class LowRank:
         """Give the update of W0ᵀ: (B·A)ᵀ = Aᵀ·Bᵀ."""
         return LowRank(self.B.T, self.A.T, self.scaling)
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
-        """Tell how each row moves, by inner products of rank-sized rows.
+    def displacement(self, w0: Rows) -> Displacement:
+        """Tell how each row moves, by inner products of rank-sized rows."""
+        B, gram = self.B.double(), w0.factors.gram(self.A)
+        c, g = inner_products(w0.times(self.A), gram, B, self.scaling)
+        # What ‖δ‖² could be at most, if the rank-one terms did not cancel each other.
+        largest = self.scaling**2 * B.square().sum(dim=1) * gram.trace()
 
-        q² = ‖δ‖² − u² subtracts; where little is left of it, because δ is almost parallel to the
-        row or because the rank-one terms cancel each other, the row's δ is formed after all.
-        """
-        A, B = self.A.double(), self.B.double()
-        norm = torch.linalg.vector_norm(w0, dim=1)
-        c, g = inner_products(w0, A, B, self.scaling)
-        along = c / torch.where(norm > 0, norm, 1.0)
-        across_squared = g - along.square()
-        largest = self.scaling**2 * B.square().sum(dim=1) * A.square().sum()
-        move = Displacement(norm, along, across_squared.clamp(min=0).sqrt())
-        lost = across_squared < _CANCELLED * largest
-        return self._direct(w0, move, lost) if lost.any() else move
+        def delta(some: Tensor) -> Tensor:
+            return self.scaling * (B[some] @ self.A.double())
 
-    def _direct(self, w0: Tensor, move: Displacement, which: Tensor) -> Displacement:
-        """Replace the displacement of the rows ``which`` by one computed from their δ."""
-        index = which.nonzero().squeeze(1)
-        along, across = move.along.clone(), move.across.clone()
-        for block in row_blocks((len(index), w0.shape[1])):
-            some = index[block]
-            delta = self.scaling * (self.B[some].double() @ self.A.double())
-            exact = displacement(w0[some], delta)
-            along[some], across[some] = exact.along, exact.across
-        return Displacement(move.norm, along, across)
+        return _from_products(w0, c, g, largest, delta)
 
 
 @dataclass(frozen=True)
 class WeightDecomposed:
     """Wt = m ⊙ V/‖V‖ with V = W0 + s·B·A, row by row: DoRA, Eq. 5 of arXiv 2402.09353.
+
+    An update of the magnitudes alone is one whose direction has rank 0.
 
     Attributes
     ----------
@@ -222,19 +230,25 @@ class WeightDecomposed:
         """The dtype the factors are stored in."""
         return self.direction.dtype
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return self.direction.factors
+
     def rows(self, block: slice) -> WeightDecomposed:
         """Give the same update restricted to a block of rows."""
         return WeightDecomposed(self.direction.rows(block), self.magnitude[block])
 
     def transposed(self, w0: Tensor) -> ColumnScaled:
         """Give the update of W0ᵀ, whose columns are scaled where the rows of W0 were."""
+        factors = Factors(self.factors)
         moves = [
-            self.direction.rows(block).displacement(w0[block].double())
+            self.direction.rows(block).displacement(Rows(w0[block], factors))
             for block in row_blocks(self.shape)
         ]
         return ColumnScaled(self.direction.transposed(w0), self._scale(join(moves)))
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
+    def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves: V's displacement, stretched by κ = m/‖V‖."""
         move = self.direction.displacement(w0)
         scale = self._scale(move)
@@ -262,12 +276,40 @@ class ColumnScaled:
         """Shape (vectors, features)."""
         return self.low_rank.shape
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors A that it asks W0's rows to be multiplied with."""
+        return ()
+
     def rows(self, block: slice) -> ColumnScaled:
         """Give the same update restricted to a block of rows."""
         return ColumnScaled(self.low_rank.rows(block), self.scale)
 
-    def displacement(self, w0: Float[Tensor, "vectors features"]) -> Displacement:
+    def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = (κ − 1)·W0 + κ·s·B·A."""
         product = self.low_rank.B.double() @ self.low_rank.A.double()
-        delta = (self.scale - 1) * w0 + self.scale * (self.low_rank.scaling * product)
-        return displacement(w0, delta)
+        delta = (self.scale - 1) * w0.double + self.scale * (self.low_rank.scaling * product)
+        return displacement(w0.double, delta)
+
+
+def _from_products(
+    w0: Rows,
+    c: Float[Tensor, "vectors"],
+    g: Float[Tensor, "vectors"],
+    largest: Float[Tensor, "vectors"],
+    delta: Callable[[Tensor], Tensor],
+) -> Displacement:
+    """Turn c = ⟨w_0, δ⟩ and g = ‖δ‖² into a displacement.
+
+    q² = g − u² subtracts; where too little of ``largest`` is left, the rows that ``delta`` is asked
+    for are computed from their δ after all.
+    """
+    along = c / torch.where(w0.norm > 0, w0.norm, 1.0)
+    across_squared = g - along.square()
+    across = across_squared.clamp(min=0).sqrt()
+    lost = (across_squared < _CANCELLED * largest).nonzero().squeeze(1)
+    for block in row_blocks((len(lost), w0.stored.shape[1])):
+        some = lost[block]
+        exact = displacement(w0.stored[some].double(), delta(some))
+        along[some], across[some] = exact.along, exact.across
+    return Displacement(w0.norm, along, across)

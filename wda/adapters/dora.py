@@ -57,7 +57,7 @@ class DoRALinear(LoRALinear):
         # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
         precise = torch.autocast(weight.device.type, enabled=False)
         with torch.set_grad_enabled(differentiate), precise:
-            c, g = inner_products(weight, self.A, self.B, self.scaling)
+            c, g = inner_products(weight @ self.A.T, self.A @ self.A.T, self.B, self.scaling)
             return (self._frozen_squared_norm() + 2 * c + g).sqrt()
 
     def _frozen_squared_norm(self) -> Float[Tensor, "out"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -83,23 +84,19 @@ def train_recipe(
     if resume and (result := finished_result(recipe, run_folder)):
         return result
     base_folder, data_file = resolve(recipe.base), resolve(recipe.data.location)
-    _prepare(recipe, run_folder, resume)
-    facts = {
-        "seed": recipe.seed,
-        "base": {"location": recipe.base, "files": describe(open_base(base_folder).files)},
-        "data": {"location": recipe.data.location, "files": describe([data_file])},
-    }
-    write_text(run_folder / "provenance.json", json.dumps(provenance(**facts), indent=2) + "\n")
-    with progress_bar(progress) as bar:
-        task = bar.add_task(f"training {run_folder.name}", total=recipe.steps, note="")
+    first = _is_first_process()
+    if first:
+        _prepare(recipe, run_folder, resume)
+        _record_inputs(recipe, base_folder, data_file, run_folder)
+    with progress_bar(progress and first) as bar:
+        show = training.ShowProgress(bar, run_folder.name, recipe.steps)
         trainer = training.make_trainer(recipe, base_folder, data_file, run_folder)
-        trainer.add_callback(training.ShowProgress(bar, task))
+        trainer.add_callback(show)
         last = training.last_checkpoint(run_folder) if resume else None
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
-        bar.update(task, completed=recipe.steps)
-    scores = trainer.evaluate()
+        scores = trainer.evaluate()
     result = TrainingResult(
         accuracy=scores["eval_accuracy"],
         loss=scores["eval_loss"],
@@ -108,9 +105,24 @@ def train_recipe(
         parameters=sum(p.numel() for p in trainer.model.parameters()),
         seconds=seconds,
     )
-    write_text(run_folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
-    training.drop_training_state(run_folder)
+    if first:
+        write_text(run_folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+        training.drop_training_state(run_folder)
     return result
+
+
+def _is_first_process() -> bool:
+    """Tell whether this process writes for all that torchrun started, or is alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _record_inputs(recipe: Recipe, base_folder: Path, data_file: Path, run_folder: Path) -> None:
+    facts = {
+        "seed": recipe.seed,
+        "base": {"location": recipe.base, "files": describe(open_base(base_folder).files)},
+        "data": {"location": recipe.data.location, "files": describe([data_file])},
+    }
+    write_text(run_folder / "provenance.json", json.dumps(provenance(**facts), indent=2) + "\n")
 
 
 def finished_result(recipe: Recipe, run_folder: Path) -> TrainingResult | None:

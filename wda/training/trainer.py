@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from rich.progress import Progress, TaskID
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from wda.adapters import inject, load_adapter, save_adapter
 from wda.checkpoints import open_base
@@ -50,6 +52,14 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         self.trained_whole = trained_whole
         self._saving = False
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.recipe.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        texts = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(tokens) for tokens in texts["input_ids"]]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(lengths, batch_size, self.args.seed)
+
     def _get_output_dir(self, trial: Any) -> str:
         run_folder: str = super()._get_output_dir(trial)
         return str(Path(run_folder) / _UNFINISHED) if self._saving else run_folder
@@ -60,12 +70,14 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+        self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
             run_folder = Path(self._get_output_dir(trial))
             (run_folder / _UNFINISHED / name).replace(run_folder / name)
             (run_folder / _UNFINISHED).rmdir()
             drop_training_state(run_folder, but=name)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.recipe.adapter is None:
@@ -87,6 +99,26 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
             load_adapter(model or self.model, Path(resume_from_checkpoint), self.trained_whole)
 
 
+class EpochSampler(LengthGroupedSampler):  # type: ignore[misc]
+    """Groups texts of like length, in an order that seed and epoch alone decide.
+
+    A resumed run so sees in the middle of an epoch what it would have seen.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()  # type: ignore[no-any-return]
+
+
 class KeepSteps(TrainerCallback):  # type: ignore[misc]
     """Saves a checkpoint at the recipe's steps and at no other."""
 
@@ -99,21 +131,30 @@ class KeepSteps(TrainerCallback):  # type: ignore[misc]
 
 
 class ShowProgress(TrainerCallback):  # type: ignore[misc]
-    """Moves a progress bar, with the loss beside it."""
+    """Moves a progress bar of the training, with the loss beside it, and one of the testing."""
 
-    def __init__(self, bar: Progress, task: TaskID) -> None:
+    def __init__(self, bar: Progress, name: str, steps: int) -> None:
         self.bar = bar
-        self.task = task
+        self.name = name
+        self.training = bar.add_task(f"training {name}", total=steps, note="")
+        self.testing: TaskID | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Show the step."""
-        self.bar.update(self.task, completed=state.global_step)
+        self.bar.update(self.training, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Show the loss."""
         loss = (kwargs.get("logs") or {}).get("loss")
         if loss is not None:
-            self.bar.update(self.task, note=f"loss {float(loss):.3f}")
+            self.bar.update(self.training, note=f"loss {float(loss):.3f}")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Show the batch of the held-out texts."""
+        if self.testing is None:
+            batches = len(kwargs["eval_dataloader"])
+            self.testing = self.bar.add_task(f"testing {self.name}", total=batches, note="")
+        self.bar.advance(self.testing)
 
 
 def make_trainer(
@@ -175,13 +216,12 @@ def _arguments(recipe: Recipe, run_folder: Path) -> transformers.TrainingArgumen
         weight_decay=recipe.weight_decay,
         lr_scheduler_type=_SCHEDULES[recipe.schedule],
         warmup_steps=recipe.warmup_steps,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         bf16=recipe.precision == "bfloat16",
         fp16=recipe.precision == "float16",
         use_cpu=not torch.accelerator.is_available(),
         seed=recipe.seed,
         save_strategy="no",  # the callback asks for checkpoints
-        logging_steps=min(10, recipe.steps),
+        logging_steps=max(1, min(10, recipe.steps // 10)),
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),

@@ -1,0 +1,39 @@
+"""The compiled sums against torch in float64, over every number a format has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wda import kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_number_is_widened_right(dtype: torch.dtype) -> None:
+    """Also denormals, both zeros, the infinities and what is no number."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    column = numbers[:, None].contiguous()
+    expected = column.double().square().squeeze(1)
+    assert torch.equal(kernels.squared_norms(column).nan_to_num(-1), expected.nan_to_num(-1))
+    c, g = kernels.products_with_change(torch.ones_like(column), column)
+    change = (column.double() - 1).squeeze(1)
+    assert torch.equal(c.nan_to_num(-1), change.nan_to_num(-1))
+    assert torch.equal(g.nan_to_num(-1), change.square().nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    w0 = torch.randn(5, 1237).to(dtype)
+    wt = (w0.float() + 1e-2 * torch.randn(5, 1237)).to(dtype)
+    delta = wt.double() - w0.double()
+    c, g = kernels.products_with_change(w0, wt)
+    assert torch.allclose(c, (w0.double() * delta).sum(dim=1), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(g, delta.square().sum(dim=1), rtol=1e-14)
+    assert torch.allclose(kernels.squared_norms(w0), w0.double().square().sum(dim=1), rtol=1e-14)
+
+
+def test_what_no_kernel_takes() -> None:
+    assert kernels.takes(torch.zeros(2, 3))
+    assert not kernels.takes(torch.zeros(2, 3, dtype=torch.float64))
+    assert not kernels.takes(torch.zeros(3, 2).T)

@@ -25,7 +25,7 @@ def main() -> None:
     # What is loaded once whatever the size belongs to the interpreter.
     some = torch.randn(2, 2).bfloat16()
     wda.kernels.squared_norms(some)
-    wda.kernels.products_with_change(some, some)
+    wda.kernels.products_with_changes(some, [some, some, some])
     _ = some.double() @ some.double()
     start, peaks, done = anonymous(), [0], threading.Event()
 

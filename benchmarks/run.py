@@ -30,10 +30,10 @@ from rich.console import Console
 import wda
 from wda import style
 from wda.checkpoints import open_base
-from wda.engine import measure
 from wda.manifest import make_manifest
 from wda.pairing import pair
 from wda.runs import open_run
+from wda.schedule import Work, measure
 
 ROOT = Path(__file__).parent.parent
 MATRICES, CHECKPOINTS, RANK, REPEATS = 8, 4, 16, 5
@@ -56,7 +56,7 @@ def engine_alone(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
     members = [m for run in make_manifest(checkpoints).runs for m in open_run(run)]
     opened = open_base(base)
     pairings, _ = pair(opened, members, ["query", "value"])
-    return lambda: measure(opened, pairings, "output")
+    return lambda: measure(opened, pairings, "output", Work())
 
 
 def compared(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
@@ -164,7 +164,7 @@ def growth(folder: Path) -> pd.DataFrame:
             (
                 "matrices, dense, 4 checkpoints",
                 n,
-                lambda opened=opened, part=part: measure(opened, part, "output"),
+                lambda opened=opened, part=part: measure(opened, part, "output", Work()),
             )
         )
     for what, size, way in cases:

@@ -17,7 +17,7 @@ import torch
 from conftest import moved, pico_weights, save_model
 
 import wda
-from wda import engine
+from wda import engine, schedule
 from wda.errors import CheckpointError
 
 
@@ -45,14 +45,13 @@ def test_a_failure_cancels_what_has_not_begun(
     tensors["encoder.layer.0.attention.self.query.weight"][0, 0] = float("nan")
     folder = save_model(tmp_path / "nan", tensors)
     begun = []
-    measure = engine.measure_pairing
 
-    def counted(*arguments: object) -> object:
-        begun.append(arguments[1])
+    def counted(part: engine.Part) -> object:
+        begun.append(part)
         time.sleep(0.05)
-        return measure(*arguments)  # type: ignore[arg-type]
+        return engine.measure_part(part)
 
-    monkeypatch.setattr(engine, "measure_pairing", counted)
+    monkeypatch.setattr(schedule, "measure_part", counted)
     with pytest.raises(CheckpointError, match="NaN"), ThreadPoolExecutor(1) as executor:
         wda.compare(folder, base=base, executor=executor, progress=False)
     assert len(begun) < 6
@@ -89,14 +88,14 @@ def test_memory_does_not_grow_with_model_and_checkpoints(tmp_path: Path) -> None
 
 
 SLOW = """
-    import sys, time, wda.comparison, wda.engine
-    measure = wda.engine.measure_pairing
-    def slow(*arguments):
+    import os, sys, time, wda.comparison, wda.schedule
+    measure = wda.schedule.measure_part
+    def slow(part):
         time.sleep(0.5)
-        measurements = measure(*arguments)
-        print("one done", flush=True)
-        return measurements
-    wda.engine.measure_pairing = slow
+        moved = measure(part)
+        os.write(1, b"one done" + bytes([10]))
+        return moved
+    wda.schedule.measure_part = slow
     wda.comparison.compare([sys.argv[2]], base=sys.argv[1], matrices=["query"])
 """
 

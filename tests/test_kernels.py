@@ -15,22 +15,40 @@ def test_every_half_precision_number_is_widened_right(dtype: torch.dtype) -> Non
     column = numbers[:, None].contiguous()
     expected = column.double().square().squeeze(1)
     assert torch.equal(kernels.squared_norms(column).nan_to_num(-1), expected.nan_to_num(-1))
-    c, g = kernels.products_with_change(torch.ones_like(column), column)
+    c, g = kernels.products_with_changes(torch.ones_like(column), [column] * 3)
     change = (column.double() - 1).squeeze(1)
-    assert torch.equal(c.nan_to_num(-1), change.nan_to_num(-1))
-    assert torch.equal(g.nan_to_num(-1), change.square().nan_to_num(-1))
+    for i in range(3):
+        assert torch.equal(c[i].nan_to_num(-1), change.nan_to_num(-1))
+        assert torch.equal(g[i].nan_to_num(-1), change.square().nan_to_num(-1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_sums_are_float64(dtype: torch.dtype) -> None:
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype_t", DTYPES, ids=str)
+def test_sums_are_float64(dtype: torch.dtype, dtype_t: torch.dtype) -> None:
     torch.manual_seed(0)
     w0 = torch.randn(5, 1237).to(dtype)
-    wt = (w0.float() + 1e-2 * torch.randn(5, 1237)).to(dtype)
-    delta = wt.double() - w0.double()
-    c, g = kernels.products_with_change(w0, wt)
-    assert torch.allclose(c, (w0.double() * delta).sum(dim=1), rtol=1e-12, atol=1e-14)
-    assert torch.allclose(g, delta.square().sum(dim=1), rtol=1e-14)
+    wts = [(w0.float() + 1e-2 * torch.randn(5, 1237)).to(dtype_t) for _ in range(3)]
+    c, g = kernels.products_with_changes(w0, wts)
+    for i, wt in enumerate(wts):
+        delta = wt.double() - w0.double()
+        assert torch.allclose(c[i], (w0.double() * delta).sum(dim=1), rtol=1e-12, atol=1e-14)
+        assert torch.allclose(g[i], delta.square().sum(dim=1), rtol=1e-14)
     assert torch.allclose(kernels.squared_norms(w0), w0.double().square().sum(dim=1), rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_with_factors_are_float64(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    w0, A = torch.randn(53, 37).to(dtype), torch.randn(5, 37, dtype=torch.float64)
+    expected = w0.double() @ A.T
+    assert torch.allclose(kernels.project(w0, A.T.contiguous()), expected, rtol=1e-12, atol=1e-14)
+    monkeypatch.setattr(kernels, "_WIDE_ELEMENTS", 1)  # in steps of 16 rows, the last one shorter
+    assert torch.allclose(kernels.project(w0, A.T.contiguous()), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_what_no_kernel_takes() -> None:

@@ -285,6 +285,8 @@ def test_every_dtype_comes_as_it_is_stored(site: tuple[type[Files], str]) -> Non
             near.read(name).dtype,
             near[name].nbytes,
         )
+    some = slice(1, 2)
+    assert torch.equal(far.read("F32", rows=some), numbers[some].float())
 
 
 @pytest.mark.parametrize(

@@ -109,23 +109,14 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
         WeightDecomposed(low_rank, w0.norm(dim=1) * 1.1),
     ]
     whole = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
-    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 2 * IN)
-    assert len(list(rows.row_blocks((OUT, IN)))) == 3
+    monkeypatch.setattr(updates, "BLOCK_ELEMENTS", 2 * IN)
+    monkeypatch.setattr(rows, "WIDE_ELEMENTS", {"cpu": 2 * IN})
+    monkeypatch.setattr(engine, "_blocks", lambda w0, _: rows.row_blocks(w0.shape, 2 * IN))
+    assert len(list(rows.row_blocks((OUT, IN), 2 * IN))) == 3
     cut = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
     for one, other in zip(whole, cut, strict=True):
         assert torch.allclose(one.magnitude_change, other.magnitude_change, rtol=1e-12)
         assert torch.allclose(one.direction_change, other.direction_change, rtol=1e-12)
-
-
-def test_factors_that_do_not_fit_together_go_in_groups() -> None:
-    w0, A, B = parts(1e-2)
-    chosen = [LowRank(A * i, B, SCALING) for i in (1, 2, 3)] + [Dense(w0 + B @ A)]
-    together = engine.displacements(w0, chosen, "output")
-    assert [len(g) for g in engine._grouped(chosen, 2 * 8 * A.numel())] == [2, 2]
-    apart = engine.displacements(w0, chosen, "output", factor_bytes=1)
-    for one, other in zip(together, apart, strict=True):
-        assert torch.allclose(one.across, other.across, rtol=1e-12)
-        assert torch.allclose(one.along, other.along, rtol=1e-10)
 
 
 def test_low_rank_never_forms_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import pandas as pd
 
 from wda.checkpoints import FullCheckpoint, open_base
 from wda.decomposition import Per
-from wda.engine import DEFAULT_MEMORY, Measurement, measure
 from wda.errors import LocationError, ManifestError, listing
 from wda.files import describe, staged_folder
 from wda.locations import locate, of_model_reference
@@ -23,6 +22,7 @@ from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
 from wda.runs import Member, open_run
+from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.statistics import compute_statistics
 from wda.table import make_table, read_table, table_file, write_table
 
@@ -114,14 +114,15 @@ def compare(
     opened = _open(manifest)
     members = opened.members
     with progress_bar(progress) as bar:
-        task = bar.add_task("comparing", total=len(opened.pairings), note="")
+        task = bar.add_task("comparing", total=None, note="")
         measurements = measure(
             opened.base,
             opened.pairings,
             manifest.per,
-            executor,
-            max_memory,
-            on_done=lambda pairing: bar.update(task, advance=1, note=str(pairing.matrix)),
+            Work(executor, max_memory),
+            on_part=lambda done, total, matrix: bar.update(
+                task, completed=done, total=total, note=str(matrix)
+            ),
         )
     order = {id(member.checkpoint): i for i, member in enumerate(members)}
     measurements.sort(key=lambda m: order[id(m.source.member.checkpoint)])
@@ -244,6 +245,7 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Plac
 
 def _row(measurement: Measurement) -> dict[str, object]:
     member, matrix = measurement.source.member, measurement.matrix
+    change = measurement.change
     return {
         "run": member.run,
         "method": member.method,
@@ -255,12 +257,12 @@ def _row(measurement: Measurement) -> dict[str, object]:
         "per": measurement.per,
         "out_features": matrix.shape[0],
         "in_features": matrix.shape[1],
-        "n_vectors": measurement.n_vectors,
-        "delta_m": measurement.delta_m,
-        "delta_d": measurement.delta_d,
-        "n_undirected": measurement.n_undirected,
-        "dtype": measurement.dtype,
-        "base_dtype": measurement.base_dtype,
+        "n_vectors": change.n_vectors,
+        "delta_m": change.delta_m,
+        "delta_d": change.delta_d,
+        "n_undirected": change.n_undirected,
+        "dtype": change.dtype,
+        "base_dtype": change.base_dtype,
     }
 
 

@@ -58,6 +58,10 @@ class Displacement:
         """The norm m_t of each moved vector."""
         return torch.hypot(self.norm + self.along, self.across)
 
+    def cpu(self) -> Displacement:
+        """Give the same on the processor, where a device computed it."""
+        return Displacement(self.norm.cpu(), self.along.cpu(), self.across.cpu())
+
 
 def displacement(
     w0: Float[Tensor, "vectors features"], delta: Float[Tensor, "vectors features"]

@@ -1,12 +1,15 @@
 """Compiled sums over rows, in one pass over numbers as they are stored.
 
-Half-precision numbers are widened in registers, so a row crosses memory once and at its stored
-size. All sums are float64. The threads of the interpreter run while a kernel does.
+Half-precision numbers are widened in registers, or into a buffer that fits the cache of a core, so
+a row crosses memory once and at its stored size. All sums are float64. A kernel takes many rows in
+one call, during which the interpreter's other threads run: handing the interpreter from thread to
+thread at every small step costs more than the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numba
@@ -27,6 +30,11 @@ def _compiled(function: Callable[..., None]) -> Any:
     except RuntimeError:  # numba finds no place for its cache
         return numba.njit(**options)(function)
 
+
+# How much of W0 is widened at a time: little enough to stay in the cache, and rows enough for the
+# matrix multiply to be worth its preparations.
+_WIDE_ELEMENTS = 1 << 19
+_FEWEST_ROWS = 16
 
 _inlined = numba.njit(inline="always")
 
@@ -54,15 +62,45 @@ def _widen_float(number: Any) -> Any:
     return np.float64(number)
 
 
-def _kernels(widen: Callable[[Any], Any]) -> tuple[Any, Any]:
+# float64 is not among them: its squares can leave float64's range, so it takes the careful way.
+_WIDENED_BY = {
+    torch.bfloat16: _widen_bfloat16,
+    torch.float16: _widen_float16,
+    torch.float32: _widen_float,
+}
+
+
+@cache
+def _kernels(dtype: torch.dtype) -> tuple[Any, Any]:
+    """Give the kernels that read W0 alone."""
+    widen = _WIDENED_BY[dtype]
+
     @_compiled
-    def squared_norms(w0: Any, norms: Any) -> None:
+    def squared_norms(w0: Any, a: Any) -> None:
         for i in range(w0.shape[0]):
-            a = 0.0
+            norm = 0.0
             for j in range(w0.shape[1]):
                 x = widen(w0[i, j])
-                a += x * x
-            norms[i] = a
+                norm += x * x
+            a[i] = norm
+
+    @_compiled
+    def project(w0: Any, by_rank: Any, projected: Any, step: int) -> None:
+        wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
+        for start in range(0, w0.shape[0], step):
+            stop = min(start + step, w0.shape[0])
+            for i in range(start, stop):
+                for j in range(w0.shape[1]):
+                    wide[i - start, j] = widen(w0[i, j])
+            np.dot(wide[: stop - start], by_rank, projected[start:stop])
+
+    return squared_norms, project
+
+
+@cache
+def _product_kernels(dtype: torch.dtype, dtype_t: torch.dtype) -> tuple[Any, Any]:
+    """Give the kernels that read W0 and Wt, which need not be of one dtype."""
+    widen, widen_t = _WIDENED_BY[dtype], _WIDENED_BY[dtype_t]
 
     @_compiled
     def products(w0: Any, wt: Any, c: Any, g: Any) -> None:
@@ -71,55 +109,93 @@ def _kernels(widen: Callable[[Any], Any]) -> tuple[Any, Any]:
             length = 0.0
             for j in range(w0.shape[1]):
                 x = widen(w0[i, j])
-                delta = widen(wt[i, j]) - x
+                delta = widen_t(wt[i, j]) - x
                 along += x * delta
                 length += delta * delta
             c[i] = along
             g[i] = length
 
-    return squared_norms, products
+    # Two at a time, W0 is widened half as often; for more the processor has no registers left.
+    @_compiled
+    def products_of_two(w0: Any, wt: Any, wu: Any, c: Any, g: Any) -> None:
+        for i in range(w0.shape[0]):
+            along_t = 0.0
+            along_u = 0.0
+            length_t = 0.0
+            length_u = 0.0
+            for j in range(w0.shape[1]):
+                x = widen(w0[i, j])
+                delta_t = widen_t(wt[i, j]) - x
+                delta_u = widen_t(wu[i, j]) - x
+                along_t += x * delta_t
+                along_u += x * delta_u
+                length_t += delta_t * delta_t
+                length_u += delta_u * delta_u
+            c[0, i] = along_t
+            c[1, i] = along_u
+            g[0, i] = length_t
+            g[1, i] = length_u
 
-
-# float64 is not among them: its squares can leave float64's range, so it takes the careful way.
-_KERNELS = {
-    torch.bfloat16: _kernels(_widen_bfloat16),
-    torch.float16: _kernels(_widen_float16),
-    torch.float32: _kernels(_widen_float),
-}
+    return products, products_of_two
 
 
 def takes(rows: Tensor) -> bool:
     """Tell whether there is a kernel for the dtype and layout of these rows."""
-    return rows.dtype in _KERNELS and rows.device.type == "cpu" and rows.stride(-1) == 1
+    return rows.dtype in _WIDENED_BY and rows.device.type == "cpu" and rows.stride(-1) == 1
 
 
 def squared_norms(w0: Float[Tensor, "vectors features"]) -> Float[Tensor, "vectors"]:
     """Give ‖w_0‖² of every row, in float64."""
-    norms = np.empty(w0.shape[0])
-    _KERNELS[w0.dtype][0](_codes(w0), norms)
-    return torch.from_numpy(norms)
+    a = np.empty(w0.shape[0])
+    _kernels(w0.dtype)[0](_codes(w0), a)
+    return torch.from_numpy(a)
 
 
-def products_with_change(
-    w0: Float[Tensor, "vectors features"], wt: Float[Tensor, "vectors features"]
-) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
-    """Give ⟨w_0, δ⟩ and ‖δ‖² of every row, with δ = w_t − w_0, in float64.
+def products_with_changes(
+    w0: Float[Tensor, "vectors features"], wts: Sequence[Float[Tensor, "vectors features"]]
+) -> tuple[Float[Tensor, "updates vectors"], Float[Tensor, "updates vectors"]]:
+    """Give ⟨w_0, δ⟩ and ‖δ‖² of every row and every update, with δ = w_t − w_0, in float64.
 
     Parameters
     ----------
-    w0, wt : Tensor
-        Rows before and after, of one dtype and shape.
+    w0 : Tensor
+        Rows before.
+    wts : sequence of Tensor
+        The same rows after each update, one or more, all of one dtype.
 
     Returns
     -------
     c : Tensor
-        ⟨w_0, δ⟩ of every row.
+        ⟨w_0, δ⟩, one line per update.
     g : Tensor
-        ‖δ‖² of every row.
+        ‖δ‖², one line per update.
     """
-    c, g = np.empty(w0.shape[0]), np.empty(w0.shape[0])
-    _KERNELS[w0.dtype][1](_codes(w0), _codes(wt), c, g)
+    c, g = np.empty((len(wts), w0.shape[0])), np.empty((len(wts), w0.shape[0]))
+    products, products_of_two = _product_kernels(w0.dtype, wts[0].dtype)
+    start, ends = _codes(w0), [_codes(wt) for wt in wts]
+    for i in range(0, len(ends) - 1, 2):
+        products_of_two(start, ends[i], ends[i + 1], c[i : i + 2], g[i : i + 2])
+    if len(ends) % 2:
+        products(start, ends[-1], c[-1], g[-1])
     return torch.from_numpy(c), torch.from_numpy(g)
+
+
+def project(
+    w0: Float[Tensor, "vectors features"], by_rank: Float[Tensor, "features rank"]
+) -> Float[Tensor, "vectors rank"]:
+    """Give W0·Aᵀ in float64.
+
+    Parameters
+    ----------
+    w0 : Tensor
+        Rows.
+    by_rank : Tensor
+        Aᵀ, contiguous, in float64.
+    """
+    projected = np.empty((w0.shape[0], by_rank.shape[1]))
+    step = max(_FEWEST_ROWS, _WIDE_ELEMENTS // max(1, w0.shape[1]))
+    _kernels(w0.dtype)[1](_codes(w0), by_rank.numpy(), projected, step)
+    return torch.from_numpy(projected)
 
 
 def _codes(rows: Tensor) -> np.ndarray:

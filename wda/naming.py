@@ -87,6 +87,12 @@ class Matrix:
         """Rows of the stored matrix, brought to (out_features, in_features), that are this one."""
         return slice(None) if self.part is None else slice(self.part.start, self.part.stop)
 
+    def rows_of_stored(self, rows: slice | None = None) -> slice:
+        """Tell which rows of the stored matrix some rows of this one are."""
+        first, last, _ = (rows or slice(None)).indices(self.shape[0])
+        start = 0 if self.part is None else self.part.start
+        return slice(start + first, start + last)
+
     def take(self, stored: Tensor) -> Tensor:
         """Bring a stored tensor to (out_features, in_features), and to this part of it."""
         return (stored.T if self.stored_transposed else stored)[self.rows]

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from wda.checkpoints import FullCheckpoint
+from wda.checkpoints import Checkpoint, FullCheckpoint
 from wda.errors import PairingError, SelectionError, listing
 from wda.naming import Matrix, align, find_matrices, may_be_wanted, select
 from wda.runs import Member
-from wda.updates import Update
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,10 @@ class Source:
     member: Member
     module: str
 
-    def update(self, matrix: Matrix) -> Update:
-        """Read the update."""
-        return self.member.checkpoint.update(self.module, matrix)
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of the member."""
+        return self.member.checkpoint
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from wda import kernels
-from wda.decomposition import displacement
+from wda.decomposition import Displacement, displacement, join
 
-# Elements of a block of rows: a few MiB, so that all updates find it in the processor's cache.
-BLOCK_ELEMENTS = 1 << 20
+Value = TypeVar("Value")
+
+# Elements of a block of rows: enough that what Python does per block costs little.
+BLOCK_ELEMENTS = 1 << 22
+
+# Elements of it that are held in float64 at a time, by device, where no kernel does the work.
+WIDE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
-def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Cut the rows of a matrix into slices of at most ``BLOCK_ELEMENTS`` elements each."""
+def row_blocks(shape: tuple[int, int], elements: int) -> Iterator[slice]:
+    """Cut the rows of a matrix into slices of at most so many elements each, but a row at least."""
     rows, features = shape
-    step = max(1, BLOCK_ELEMENTS // max(1, features))
+    step = max(1, elements // max(1, features))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def wide_blocks(rows: int, like: Tensor) -> Iterator[slice]:
+    """Cut so many rows, as long as those of ``like``, into as many as are widened at a time."""
+    return row_blocks((rows, like.shape[1]), WIDE_ELEMENTS[like.device.type])
 
 
 class Factors:
@@ -38,19 +48,34 @@ class Factors:
     def __init__(self, factors: Sequence[Tensor]) -> None:
         double = [A.double() for A in factors]
         ends = list(itertools.accumulate(len(A) for A in double))
-        self.stacked = torch.cat(double) if double else None
+        self.by_rank = torch.cat(double).T.contiguous() if double else None
         self._place = {
             id(A): slice(end - len(A), end) for A, end in zip(factors, ends, strict=True)
         }
         self._gram = {id(A): D @ D.T for A, D in zip(factors, double, strict=True)}
 
     def place(self, A: Tensor) -> slice:
-        """Tell which rows of the stack are ``A``."""
+        """Tell which columns of the product are ``A``'s."""
         return self._place[id(A)]
 
     def gram(self, A: Tensor) -> Float[Tensor, "rank rank"]:
         """Give A·Aᵀ."""
         return self._gram[id(A)]
+
+
+class Lazy(Generic[Value]):
+    """A property that is computed when it is first asked for.
+
+    ``functools.cached_property`` would do, if before Python 3.12 it did not let one thread at a
+    time compute, whatever the instance.
+    """
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self._compute = compute
+
+    def __get__(self, instance: object, owner: type) -> Value:
+        value = instance.__dict__[self._compute.__name__] = self._compute(instance)
+        return value
 
 
 class Rows:
@@ -62,30 +87,65 @@ class Rows:
         The rows, shape (vectors, features), in their stored dtype.
     factors : Factors
         Those of the updates that will ask.
+    ends : sequence of Tensor
+        The same rows of Wt, of the updates that hold them as they are.
     """
 
-    def __init__(self, stored: Float[Tensor, "vectors features"], factors: Factors) -> None:
+    def __init__(
+        self,
+        stored: Float[Tensor, "vectors features"],
+        factors: Factors,
+        ends: Sequence[Float[Tensor, "vectors features"]] = (),
+    ) -> None:
         self.stored = stored
         self.factors = factors
+        self._ends = ends
 
-    @cached_property
-    def double(self) -> Float[Tensor, "vectors features"]:
-        """The rows in float64."""
-        return self.stored.double()
-
-    @cached_property
+    @Lazy
     def norm(self) -> Float[Tensor, "vectors"]:
         """m_0 of every row, in float64."""
         if kernels.takes(self.stored):
             return kernels.squared_norms(self.stored).sqrt()
-        none = torch.zeros((), dtype=torch.float64).expand_as(self.stored)
-        return displacement(self.double, none).norm
+        return self.displacements(lambda w0, _some: torch.zeros_like(w0)).norm
+
+    def displacements(self, delta: Callable[[Tensor, slice], Tensor]) -> Displacement:
+        """Displace the rows by what ``delta`` gives for some of them, in float64, block by block.
+
+        Parameters
+        ----------
+        delta : callable
+            Gives the moves of some rows, given these rows of W0 in float64 and which they are.
+        """
+        wide = ((self.stored[some].double(), some) for some in self._wide_blocks())
+        return join([displacement(w0, delta(w0, some)) for w0, some in wide])
+
+    def products(
+        self, end: Tensor
+    ) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]] | None:
+        """Give ⟨w_0, δ⟩ and ‖δ‖² for one of the ends, or None where no kernel takes it."""
+        return self._products.get(id(end))
 
     def times(self, A: Tensor) -> Float[Tensor, "vectors rank"]:
         """Give W0·Aᵀ in float64, for one of the factors."""
         return self._projected[:, self.factors.place(A)]
 
-    @cached_property
+    @Lazy
+    def _products(self) -> dict[int, tuple[Tensor, Tensor]]:
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        taken = [end for end in self._ends if kernels.takes(self.stored) and kernels.takes(end)]
+        for dtype in dict.fromkeys(end.dtype for end in taken):
+            alike = [end for end in taken if end.dtype == dtype]
+            c, g = kernels.products_with_changes(self.stored, alike)
+            found |= {id(end): (c[i], g[i]) for i, end in enumerate(alike)}
+        return found
+
+    @Lazy
     def _projected(self) -> Tensor:
-        assert self.factors.stacked is not None
-        return self.double @ self.factors.stacked.T
+        by_rank = self.factors.by_rank
+        assert by_rank is not None
+        if kernels.takes(self.stored):
+            return kernels.project(self.stored, by_rank)
+        return torch.cat([self.stored[some].double() @ by_rank for some in self._wide_blocks()])
+
+    def _wide_blocks(self) -> Iterator[slice]:
+        return wide_blocks(len(self.stored), self.stored)

@@ -24,9 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wda import kernels
 from wda.decomposition import Displacement, displacement, join
-from wda.rows import Factors, Rows, row_blocks
+from wda.rows import BLOCK_ELEMENTS, Factors, Rows, row_blocks, wide_blocks
 
 # Below this share of the largest value it could have, a squared length that was got by subtraction
 # has lost six of its sixteen digits; the rows concerned are then computed directly.
@@ -45,6 +44,11 @@ class RowUpdate(Protocol):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """The factors A that it asks W0's rows to be multiplied with."""
+        ...
+
+    @property
+    def ends(self) -> tuple[Tensor, ...]:
+        """The rows of Wt, where it holds them as they are."""
         ...
 
     def rows(self, block: slice) -> RowUpdate:
@@ -67,6 +71,10 @@ class Update(RowUpdate, Protocol):
 
     def rows(self, block: slice) -> Update:
         """Give the same update restricted to a block of rows."""
+        ...
+
+    def to(self, device: str) -> Update:
+        """Give the same update with its numbers on a device."""
         ...
 
     def transposed(self, w0: Tensor) -> RowUpdate:
@@ -95,9 +103,18 @@ class Dense:
         """The factors A that it asks W0's rows to be multiplied with."""
         return ()
 
+    @property
+    def ends(self) -> tuple[Tensor, ...]:
+        """The rows of Wt, where it holds them as they are."""
+        return (self.weight,)
+
     def rows(self, block: slice) -> Dense:
         """Give the same update restricted to a block of rows."""
         return Dense(self.weight[block])
+
+    def to(self, device: str) -> Dense:
+        """Give the same update with its numbers on a device."""
+        return Dense(self.weight.to(device))
 
     def transposed(self, w0: Tensor) -> Dense:  # noqa: ARG002
         """Give the update of W0ᵀ."""
@@ -105,14 +122,13 @@ class Dense:
 
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = Wt − W0."""
-        dtype = torch.promote_types(w0.stored.dtype, self.weight.dtype)
-        start, end = w0.stored.to(dtype), self.weight.to(dtype)
-        if not (kernels.takes(start) and kernels.takes(end)):
-            return displacement(w0.double, self.weight.double() - w0.double)
-        c, g = kernels.products_with_change(start, end)
+        products = w0.products(self.weight)
+        if products is None:
+            return w0.displacements(lambda start, some: self.weight[some].double() - start)
+        c, g = products
 
         def delta(some: Tensor) -> Tensor:
-            return end[some].double() - start[some].double()
+            return self.weight[some].double() - w0.stored[some].double()
 
         return _from_products(w0, c, g, g, delta)
 
@@ -182,9 +198,18 @@ class LowRank:
         """The factors A that it asks W0's rows to be multiplied with."""
         return (self.A,)
 
+    @property
+    def ends(self) -> tuple[Tensor, ...]:
+        """The rows of Wt, where it holds them as they are."""
+        return ()
+
     def rows(self, block: slice) -> LowRank:
         """Give the same update restricted to a block of rows."""
         return LowRank(self.A, self.B[block], self.scaling)
+
+    def to(self, device: str) -> LowRank:
+        """Give the same update with its numbers on a device."""
+        return LowRank(self.A.to(device), self.B.to(device), self.scaling)
 
     def transposed(self, w0: Tensor) -> LowRank:  # noqa: ARG002
         """Give the update of W0ᵀ: (B·A)ᵀ = Aᵀ·Bᵀ."""
@@ -235,16 +260,25 @@ class WeightDecomposed:
         """The factors A that it asks W0's rows to be multiplied with."""
         return self.direction.factors
 
+    @property
+    def ends(self) -> tuple[Tensor, ...]:
+        """The rows of Wt, where it holds them as they are."""
+        return ()
+
     def rows(self, block: slice) -> WeightDecomposed:
         """Give the same update restricted to a block of rows."""
         return WeightDecomposed(self.direction.rows(block), self.magnitude[block])
+
+    def to(self, device: str) -> WeightDecomposed:
+        """Give the same update with its numbers on a device."""
+        return WeightDecomposed(self.direction.to(device), self.magnitude.to(device))
 
     def transposed(self, w0: Tensor) -> ColumnScaled:
         """Give the update of W0ᵀ, whose columns are scaled where the rows of W0 were."""
         factors = Factors(self.factors)
         moves = [
             self.direction.rows(block).displacement(Rows(w0[block], factors))
-            for block in row_blocks(self.shape)
+            for block in row_blocks(self.shape, BLOCK_ELEMENTS)
         ]
         return ColumnScaled(self.direction.transposed(w0), self._scale(join(moves)))
 
@@ -281,15 +315,21 @@ class ColumnScaled:
         """The factors A that it asks W0's rows to be multiplied with."""
         return ()
 
+    @property
+    def ends(self) -> tuple[Tensor, ...]:
+        """The rows of Wt, where it holds them as they are."""
+        return ()
+
     def rows(self, block: slice) -> ColumnScaled:
         """Give the same update restricted to a block of rows."""
         return ColumnScaled(self.low_rank.rows(block), self.scale)
 
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = (κ − 1)·W0 + κ·s·B·A."""
-        product = self.low_rank.B.double() @ self.low_rank.A.double()
-        delta = (self.scale - 1) * w0.double + self.scale * (self.low_rank.scaling * product)
-        return displacement(w0.double, delta)
+        B, A, s = self.low_rank.B.double(), self.low_rank.A.double(), self.low_rank.scaling
+        return w0.displacements(
+            lambda start, some: (self.scale - 1) * start + self.scale * (s * (B[some] @ A))
+        )
 
 
 def _from_products(
@@ -308,7 +348,7 @@ def _from_products(
     across_squared = g - along.square()
     across = across_squared.clamp(min=0).sqrt()
     lost = (across_squared < _CANCELLED * largest).nonzero().squeeze(1)
-    for block in row_blocks((len(lost), w0.stored.shape[1])):
+    for block in wide_blocks(len(lost), w0.stored):
         some = lost[block]
         exact = displacement(w0.stored[some].double(), delta(some))
         along[some], across[some] = exact.along, exact.across

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar, Self
 
-from wda.checkpoints.tensors import Tensors, read_json
+from wda.checkpoints.tensors import ALL, Tensors, read_json
+from wda.errors import CheckpointError, WdaError
 from wda.naming import Matrix
 from wda.places import Place
+from wda.remote import RemotePlace
 from wda.updates import Update
 
 
@@ -44,6 +52,7 @@ class Checkpoint(ABC):
     unread: tuple[str, ...] = ()
     base: str | None = None
     tensors: Tensors
+    _token: str = ""
 
     @classmethod
     @abstractmethod
@@ -65,12 +74,59 @@ class Checkpoint(ABC):
         """Give the whole shape (out_features, in_features) of what it holds for a module."""
 
     @abstractmethod
-    def update(self, module: str, matrix: Matrix) -> Update:
-        """Give the update of a base matrix; ``module`` is its name in this checkpoint."""
+    def update(self, module: str, matrix: Matrix, rows: slice | None = None) -> Update:
+        """Give the update of a base matrix, or of some of its rows.
+
+        Parameters
+        ----------
+        module : str
+            The matrix's module by its name in this checkpoint.
+        matrix : Matrix
+            The matrix of the base.
+        rows : slice, optional
+            Rows of it; where the checkpoint lies elsewhere, no others are fetched.
+        """
 
     @abstractmethod
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """Name the tensors that an update of a module's matrix is read from."""
+
+    def held_bytes(self, module: str, matrix: Matrix, rows: slice | None = None) -> int:
+        """Give the memory that an update takes while it is used: none where it stays mapped."""
+        names = [name for name in self.tensors_of(module) if self.tensors.is_remote(name)]
+        share = len(range(*(rows or ALL).indices(matrix.shape[0])))
+        return sum(self.tensors[name].nbytes for name in names) * share // matrix.stored_shape[0]
+
+    def meaning(self, module: str) -> tuple[object, ...]:
+        """Give all that an update of a module depends on: its tensors, how and in what files.
+
+        Where this is the same, the update is the same.
+        """
+        names = self.tensors_of(module)
+        stored = ((name, self.tensors[name]) for name in names)
+        held = ((name, entry.shape, entry.stored) for name, entry in stored)
+        return (self.layout, *held, *sorted(self.tensors.states(names).items()))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies on another machine."""
+        return isinstance(self.path, RemotePlace)
+
+    def require_unchanged(self, module: str) -> None:
+        """Make sure that the files a module is read from are those that were opened.
+
+        Raises
+        ------
+        CheckpointError
+            When one has changed or is gone.
+        """
+        self.tensors.require_unchanged(self.tensors_of(module))
+
+    def __reduce__(self) -> tuple[Callable[[_Reference], Checkpoint], tuple[_Reference]]:
+        """Travel to another process as the place it lies at, to be opened there once."""
+        self._token = self._token or uuid.uuid4().hex
+        place = self.path if isinstance(self.path, RemotePlace) else Path(str(self.path)).absolute()
+        return _open_once, (_Reference(self._token, type(self), place, _sizes(self)),)
 
     @property
     def files(self) -> list[Place]:
@@ -91,3 +147,51 @@ class Checkpoint(ABC):
             return None
         step = read_json(state).get("global_step")
         return step if isinstance(step, int) else None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A checkpoint that another process has opened.
+
+    Attributes
+    ----------
+    token : str
+        What it is known by, so that it is opened once for all its matrices.
+    layout : type
+        The class that reads it.
+    place : Place
+        Where it lies.
+    sizes : tuple of int
+        The sizes of its files, as far as they are on this machine.
+    """
+
+    token: str
+    layout: type[Checkpoint] = field(compare=False)
+    place: Place = field(compare=False)
+    sizes: tuple[int, ...] = field(compare=False)
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[int, ...]:
+    return tuple(f.stat().st_size for f in checkpoint.files if not isinstance(f, RemotePlace))
+
+
+@lru_cache(maxsize=256)
+def _open_once(reference: _Reference) -> Checkpoint:
+    """Open a checkpoint in a worker, as it was in the process that sends it.
+
+    Raises
+    ------
+    CheckpointError
+        When it is not there, or another.
+    """
+    try:
+        found = reference.layout.open(reference.place)
+    except WdaError as error:
+        raise CheckpointError(f"on the worker {platform.node()}: {error}") from None
+    if found is None or _sizes(found) != reference.sizes:
+        raise CheckpointError(
+            f"{reference.place}: the worker {platform.node()} finds "
+            f"{'nothing' if found is None else 'other files'} there; workers must reach the same "
+            "files at the same place"
+        )
+    return found

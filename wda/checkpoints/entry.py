@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wda.places import Place
+from wda.remote import RemotePlace
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,18 @@ class Entry:
     file : Place
         The file that holds it.
     read : callable
-        Gives its values; a view of the mapped file where the format allows.
+        Gives its values, or those of some rows; a view of the mapped file where the format allows.
     nbytes : int
         How many bytes of the file it takes.
+    stored : str
+        How and where in the file it is stored, as the header says.
     """
 
     shape: tuple[int, ...]
     file: Place
-    read: Callable[[], Tensor]
+    read: Callable[[slice], Tensor]
     nbytes: int
+    stored: str
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,19 @@ class WeightFile:
         Tensor name → entry.
     header_bytes : int
         What was read of it to know its entries.
+    state : tuple
+        What tells it from another at the same place, when it was opened.
     """
 
     place: Place
     entries: Mapping[str, Entry]
     header_bytes: int
+    state: tuple[object, ...]
+
+
+def state_of(place: Place) -> tuple[object, ...]:
+    """Give size, time of change and number of a file; of one elsewhere, size and mark."""
+    if isinstance(place, RemotePlace) and place.local is None:
+        return place.stat().st_size, place.mark
+    found = (place.local or place).stat() if isinstance(place, RemotePlace) else place.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino

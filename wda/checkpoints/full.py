@@ -61,10 +61,9 @@ class FullCheckpoint(Checkpoint):
         rows, features = shape
         return (features, rows) if matrix.stored_transposed else (rows, features)
 
-    def update(self, module: str, matrix: Matrix) -> Dense:
+    def update(self, module: str, matrix: Matrix, rows: slice | None = None) -> Dense:
         """Give Wt as it is stored."""
-        stored = self.tensors.read(f"{module}.weight", again=matrix.part is not None)
-        return Dense(matrix.take(stored))
+        return Dense(self.tensors.read_matrix(f"{module}.weight", matrix, rows))
 
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """Name the weight."""

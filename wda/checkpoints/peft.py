@@ -12,11 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Self
 
-from torch import Tensor
-
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.full import WEIGHT_FILES
-from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
+from wda.checkpoints.tensors import ALL, Tensors, first_file, open_tensors, read_json
 from wda.errors import CheckpointError, listing
 from wda.naming import Matrix
 from wda.places import Place
@@ -95,16 +93,33 @@ class PeftCheckpoint(Checkpoint):
         rows, features = self._shape("whole", module)
         return (features, rows) if matrix.stored_transposed else (rows, features)
 
-    def update(self, module: str, matrix: Matrix) -> Update:
+    def update(self, module: str, matrix: Matrix, rows: slice | None = None) -> Update:
         """Give W0 + s·B·A, or its weight-decomposed form where there is a magnitude."""
         if module not in self.required:
-            return Dense(matrix.take(self._read("whole", module, matrix)))
-        a, b = self._read("A", module, matrix), self._read("B", module, matrix)
+            name = self._names["whole"][module]
+            return Dense(self.tensors.read_matrix(name, matrix, rows))
+        some = matrix.rows_of_stored(rows)
+        # A serves all rows of all parts of a matrix, and is asked for again with each.
+        a = self.tensors.read(self._names["A"][module], again=True)
+        b = self.tensors.read(self._names["B"][module], rows=some)
         low_rank = LowRank(a, b, self.scaling(module))
-        update: Update = low_rank
-        if module in self._names["magnitude"]:
-            update = WeightDecomposed(low_rank, self._read("magnitude", module, matrix).flatten())
-        return update.rows(matrix.rows)
+        if module not in self._names["magnitude"]:
+            return low_rank
+        magnitude = self.tensors.read(self._names["magnitude"][module], again=True)
+        return WeightDecomposed(low_rank, magnitude.flatten()[some])
+
+    def held_bytes(self, module: str, matrix: Matrix, rows: slice | None = None) -> int:
+        """Give the memory of the factors, which are widened to float64."""
+        if module not in self.required:
+            return super().held_bytes(module, matrix, rows)
+        share = len(range(*(rows or ALL).indices(matrix.shape[0])))
+        rank, features = self._shape("A", module)
+        return 8 * rank * (features + share)
+
+    def meaning(self, module: str) -> tuple[object, ...]:
+        """Give the scaling, beside what all layouts tell."""
+        scaling = (self.scaling(module),) if module in self.required else ()
+        return (*super().meaning(module), *scaling)
 
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """Name the factors and the magnitude, or the whole weight beside the adapter."""
@@ -132,9 +147,6 @@ class PeftCheckpoint(Checkpoint):
 
     def _shape(self, kind: str, module: str) -> tuple[int, ...]:
         return self.tensors[self._names[kind][module]].shape
-
-    def _read(self, kind: str, module: str, matrix: Matrix) -> Tensor:
-        return self.tensors.read(self._names[kind][module], again=matrix.part is not None)
 
     def _check(self) -> None:
         """Refuse what cannot be read right."""

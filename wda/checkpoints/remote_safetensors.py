@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry, WeightFile
+from wda.checkpoints.entry import Entry, WeightFile, state_of
 from wda.errors import CheckpointError
 from wda.remote import RemotePlace
 
@@ -57,7 +57,7 @@ def open_remote_safetensors(place: RemotePlace) -> WeightFile:
         _damaged(place, size, "the header is no JSON of named tensors")
     if start + end != size:
         _damaged(place, size, f"the header tells of {start + end} bytes")
-    return WeightFile(place, entries, start)
+    return WeightFile(place, entries, start, state_of(place))
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
@@ -71,14 +71,21 @@ def _entry(place: RemotePlace, data: int, item: dict[str, Any]) -> Entry:
     if dtype in DTYPES and last - first != nbytes_of(dtype, shape):
         raise ValueError
     read = partial(_read, place, data + first, data + last, dtype, shape)
-    return Entry(shape, place, read, last - first)
+    return Entry(shape, place, read, last - first, f"{dtype} {first}")
 
 
-def _read(place: RemotePlace, start: int, stop: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def _read(
+    place: RemotePlace, start: int, stop: int, dtype: str, shape: tuple[int, ...], rows: slice
+) -> Tensor:
+    """Fetch some rows; of a tensor that has none, all of it."""
     if dtype not in DTYPES:
         raise CheckpointError(f"{place}: numbers of type {dtype} are not read; convert them")
     if start == stop:
-        return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.empty(shape, dtype=DTYPES[dtype])[rows]
+    if shape:
+        first, last, _ = rows.indices(shape[0])
+        size = (stop - start) // shape[0]
+        start, stop, shape = start + first * size, start + last * size, (last - first, *shape[1:])
     return torch.frombuffer(place.read(start, stop), dtype=DTYPES[dtype]).reshape(shape)
 
 

@@ -19,15 +19,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry, WeightFile
+from wda.checkpoints.entry import Entry, WeightFile, state_of
 from wda.checkpoints.remote_safetensors import nbytes_of, open_remote_safetensors
 from wda.errors import CheckpointError, listing
+from wda.naming import Matrix
 from wda.places import Place
 from wda.remote import RemotePlace, at_once
 
 # A tensor that fuses several matrices is kept until their turns are over: two, for the next one
 # may already be read when the last part of the one before is taken.
 _MOST_KEPT = 2
+
+ALL = slice(None)
 
 
 class Tensors(Mapping[str, Entry]):
@@ -87,8 +90,8 @@ class Tensors(Mapping[str, Entry]):
                 "copy it again"
             )
 
-    def read(self, name: str, again: bool = False) -> Tensor:
-        """Give the values of one tensor.
+    def read(self, name: str, again: bool = False, rows: slice = ALL) -> Tensor:
+        """Give the values of one tensor, or of some of its rows.
 
         Parameters
         ----------
@@ -97,16 +100,40 @@ class Tensors(Mapping[str, Entry]):
         again : bool
             Whether it will soon be asked for again, as one that fuses several matrices is; it is
             then kept for a while, so that it travels once.
+        rows : slice
+            The rows wanted; of a tensor that lies elsewhere no others are fetched.
         """
         entry = self[name]
         if not again or not isinstance(entry.file, RemotePlace):
-            return entry.read()
+            return entry.read(rows)
         with self._lock:
             if name not in self._kept:
-                self._kept[name] = entry.read()
+                self._kept[name] = entry.read(ALL)
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
-            return self._kept[name]
+            return self._kept[name][rows]
+
+    def read_matrix(self, name: str, matrix: Matrix, rows: slice | None = None) -> Tensor:
+        """Give a stored weight as (out_features, in_features), or some rows of that.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name.
+        matrix : Matrix
+            How it is stored, and which part of it is wanted.
+        rows : slice, optional
+            Rows of that part.
+        """
+        if matrix.stored_transposed:
+            whole = matrix.take(self.read(name, again=matrix.part is not None))
+            return whole if rows is None else whole[rows]
+        return self.read(name, rows=matrix.rows_of_stored(rows))
+
+    def is_remote(self, name: str) -> bool:
+        """Tell whether a tensor lies on another machine."""
+        place = self._where[name]
+        return isinstance(place, RemotePlace) and place.local is None
 
     def shapes_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shape of some of the tensors; files that hold none of them stay closed."""
@@ -123,6 +150,34 @@ class Tensors(Mapping[str, Entry]):
     def files(self) -> list[Place]:
         """The files that were opened."""
         return sorted(self._opened, key=str)
+
+    def states(self, names: Iterable[str]) -> dict[str, tuple[object, ...]]:
+        """Give what the files that hold these tensors were like when they were opened."""
+        places = dict.fromkeys(self._where[name] for name in names)
+        self.open(name for name in names)
+        return {str(place): self._opened[place].state for place in places}
+
+    def require_unchanged(self, names: Iterable[str]) -> None:
+        """Make sure that the files of these tensors, as far as they are here, are as they were.
+
+        Raises
+        ------
+        CheckpointError
+            When one has changed or is gone.
+        """
+        for place in dict.fromkeys(self._where[name] for name in names):
+            if isinstance(place, RemotePlace):
+                continue
+            try:
+                changed = state_of(place) != self._opened[place].state
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{place}: was deleted while it was read; compare again without it"
+                ) from None
+            if changed:
+                raise CheckpointError(
+                    f"{place}: changed while it was read; compare again when it is written"
+                )
 
     @property
     def header_bytes(self) -> int:
@@ -176,7 +231,7 @@ def _open_file(place: Place) -> WeightFile:
     if isinstance(path, Path):
         # A copy in the Hub's cache goes by the name it was asked for.
         opened = _open_safetensors(path) if safe else _open_pickle(path)
-        return WeightFile(place, opened.entries, opened.header_bytes)
+        return WeightFile(place, opened.entries, opened.header_bytes, opened.state)
     assert isinstance(place, RemotePlace)
     if safe:
         return open_remote_safetensors(place)
@@ -188,24 +243,29 @@ def _open_file(place: Place) -> WeightFile:
 
 def _open_safetensors(path: Path) -> WeightFile:
     try:
+        state = state_of(path)
         handle: Any = safe_open(path, framework="pt")
         with path.open("rb") as file:
-            header = 8 + int.from_bytes(file.read(8), "little")
-    except (SafetensorError, OSError) as error:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         _damaged(path, error)
+    header.pop("__metadata__", None)
 
-    def entry(name: str) -> Entry:
-        part = handle.get_slice(name)
-        shape = tuple(part.get_shape())
+    def entry(name: str, item: dict[str, Any]) -> Entry:
+        shape, dtype, first = tuple(item["shape"]), item["dtype"], item["data_offsets"][0]
+        size = nbytes_of(dtype, shape)
         return Entry(
-            shape, path, lambda: handle.get_tensor(name), nbytes_of(part.get_dtype(), shape)
+            shape, path, lambda rows: _some(handle.get_tensor(name), rows), size, f"{dtype} {first}"
         )
 
-    return WeightFile(path, {name: entry(name) for name in handle.keys()}, header)  # noqa: SIM118
+    entries = {name: entry(name, header[name]) for name in header}
+    return WeightFile(path, entries, 8 + length, state)
 
 
 def _open_pickle(path: Path) -> WeightFile:
     try:
+        state = state_of(path)
         # Only the zip form that PyTorch writes since 1.6 can be mapped.
         mapped = zipfile.is_zipfile(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -222,10 +282,17 @@ def _open_pickle(path: Path) -> WeightFile:
         )
 
     def entry(tensor: Tensor) -> Entry:
-        return Entry(tuple(tensor.shape), path, lambda: tensor, tensor.nbytes)
+        where = f"{tensor.dtype} {tensor.storage_offset()} {tensor.stride()}"
+        return Entry(
+            tuple(tensor.shape), path, lambda rows: _some(tensor, rows), tensor.nbytes, where
+        )
 
     held = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-    return WeightFile(path, {name: entry(value) for name, value in held.items()}, 0)
+    return WeightFile(path, {name: entry(value) for name, value in held.items()}, 0, state)
+
+
+def _some(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[rows] if tensor.ndim else tensor
 
 
 def read_json(path: Place) -> dict[str, Any]:

@@ -194,3 +194,20 @@ def test_wrong_arguments_are_named() -> None:
         decompose(torch.zeros(2, 3), torch.zeros(3, 2))
     with pytest.raises(ValueError, match='per must be "output" or "input", got \'row\''):
         check_per("row")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_vectors_that_end_at_zero_have_no_direction(dtype: torch.dtype, per: str) -> None:
+    """Whatever they were: none is mistaken for one with a direction because of rounding."""
+    torch.manual_seed(0)
+    w0 = torch.randn(200, 130).to(dtype)
+    wt = w0.clone()
+    (wt if per == "output" else wt.T)[:100] = 0
+    (move,) = displacements(w0, [Dense(wt)], per)  # type: ignore[arg-type]
+    for change in (decomposition(move), decompose(w0, wt, per)):  # type: ignore[arg-type]
+        assert change.n_undirected == 100
+        assert change.delta_d == 0
+        norms = w0.double().norm(dim=1 if per == "output" else 0)
+        lost = norms[:100].sum() / len(norms)
+        assert change.delta_m == pytest.approx(float(lost), rel=1e-12)

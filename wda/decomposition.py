@@ -68,7 +68,8 @@ def displacement(
 ) -> Displacement:
     """Split the move ``delta`` of every row of ``w0`` into its part along and across that row.
 
-    A row of ``w0`` that is zero has no direction to move along: its move counts as across.
+    A row of ``w0`` that is zero has no direction to move along: its move counts as across. A row
+    that ends at zero moved back along itself, by its norm exactly.
 
     Parameters
     ----------
@@ -88,7 +89,14 @@ def displacement(
     unit = start / torch.where(norm > 0, norm, 1.0)[:, None]
     along = (unit * change).sum(dim=1)
     across = torch.linalg.vector_norm(change - along[:, None] * unit, dim=1)
-    return Displacement(start_scale * norm, change_scale * along, change_scale * across)
+    move = Displacement(start_scale * norm, change_scale * along, change_scale * across)
+    # To the last bit, for rounding would leave a length that seems to have a direction.
+    ended = ((w0 + delta) == 0).all(dim=1)
+    return Displacement(
+        move.norm,
+        torch.where(ended, -move.norm, move.along),
+        torch.where(ended, 0.0, move.across),
+    )
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -344,12 +344,13 @@ def _from_products(
     q² = g − u² subtracts; where too little of ``largest`` is left, the rows that ``delta`` is asked
     for are computed from their δ after all.
     """
-    along = c / torch.where(w0.norm > 0, w0.norm, 1.0)
+    norm = w0.norm.clone()
+    along = c / torch.where(norm > 0, norm, 1.0)
     across_squared = g - along.square()
     across = across_squared.clamp(min=0).sqrt()
     lost = (across_squared < _CANCELLED * largest).nonzero().squeeze(1)
     for block in wide_blocks(len(lost), w0.stored):
         some = lost[block]
         exact = displacement(w0.stored[some].double(), delta(some))
-        along[some], across[some] = exact.along, exact.across
-    return Displacement(w0.norm, along, across)
+        norm[some], along[some], across[some] = exact.norm, exact.along, exact.across
+    return Displacement(norm, along, across)

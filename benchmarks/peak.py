@@ -37,7 +37,7 @@ def main() -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     base, *runs = sys.argv[1:]
-    wda.compare(runs, base=base, progress=False)
+    wda.compare(runs, base=base, cache=False, progress=False)
     done.set()
     thread.join()
     print((max(peaks) - start) >> 20)

@@ -61,7 +61,7 @@ def engine_alone(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
 
 def compared(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
     """Give the whole of wda.compare, from paths to statistics."""
-    return lambda: wda.compare(checkpoints, base=base, progress=False)
+    return lambda: wda.compare(checkpoints, base=base, cache=False, progress=False)
 
 
 def dense_rows(base: Path, full: list[Path]) -> list[tuple[str, str, str]]:

@@ -107,6 +107,15 @@ def wda_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kept_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep results away from the user's own; drawing keeps its fonts where they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", mpl.get_cachedir())
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder in which `wda demo --steps 8` was run, on the real model and data."""

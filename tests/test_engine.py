@@ -23,12 +23,14 @@ from wda.errors import CheckpointError
 
 def test_any_executor_gives_the_same_bits(runs: dict[str, Path], base: Path) -> None:
     folders = list(runs.values())
-    by_default = wda.compare(folders, base=base, progress=False).table
+    by_default = wda.compare(folders, base=base, cache=False, progress=False).table
     for workers in (1, 3):
         with ThreadPoolExecutor(workers) as executor:
-            table = wda.compare(folders, base=base, executor=executor, progress=False).table
+            table = wda.compare(
+                folders, base=base, cache=False, executor=executor, progress=False
+            ).table
         pd.testing.assert_frame_equal(table, by_default, check_exact=True)
-    little = wda.compare(folders, base=base, max_memory=1, progress=False).table
+    little = wda.compare(folders, base=base, cache=False, max_memory=1, progress=False).table
     pd.testing.assert_frame_equal(little, by_default, check_exact=True)
 
 

@@ -45,7 +45,8 @@ def site(tmp_path: Path) -> Iterator[tuple[type[Files], str]]:
 
 
 def table(*what: object, base: object, **options: object) -> pd.DataFrame:
-    return wda.compare([str(w) for w in what], base=str(base), progress=False, **options).table  # type: ignore[arg-type]
+    options = {"cache": False, "progress": False, **options}
+    return wda.compare([str(w) for w in what], base=str(base), **options).table  # type: ignore[arg-type]
 
 
 def same(left: pd.DataFrame, right: pd.DataFrame) -> None:

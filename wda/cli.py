@@ -95,6 +95,16 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Write tables, figure and provenance into this folder."),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the results kept from before. By default the user's cache folder.",
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Compute everything anew, and keep nothing.")
+    ] = False,
     max_memory: Annotated[
         int,
         typer.Option(
@@ -143,6 +153,8 @@ def compare(
 
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
+    if cache is not None and no_cache:
+        raise typer.BadParameter("give one of --cache and --no-cache", param_hint="--no-cache")
     if dry_run:
         from wda.comparison import plan
 
@@ -155,6 +167,7 @@ def compare(
             base,
             matrices,
             per,  # type: ignore[arg-type]
+            cache=False if no_cache else cache,
             max_memory=max_memory << 20,
             progress=sys.stderr.isatty(),
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
+from wda.cache import open_cache
 from wda.checkpoints import FullCheckpoint, open_base
 from wda.decomposition import Per
 from wda.errors import LocationError, ManifestError, listing
@@ -75,6 +77,7 @@ def compare(
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
+    cache: str | Path | Literal[False] | None = None,
     executor: Executor | None = None,
     max_memory: int = DEFAULT_MEMORY,
     progress: bool = True,
@@ -93,8 +96,12 @@ def compare(
         in a sequence or with commas between; by default the manifest's, else query and value.
     per : {"output", "input"}, optional
         One vector per output feature, as in the paper and by default, or per input feature.
+    cache : path or False, optional
+        Folder of the results that are kept, so that none is computed twice; by default the user's
+        cache folder. False for none: all is computed, and nothing kept.
     executor : concurrent.futures.Executor, optional
-        Runs the work, one unit per matrix of the base; by default threads of this process.
+        Runs the work, one unit per matrix of the base or per block of its rows; by default threads
+        of this process.
     max_memory : int
         Bytes that those threads may take together, beside the pages of mapped files.
     progress : bool
@@ -113,24 +120,47 @@ def compare(
     manifest = make_manifest(paths_or_manifest, base, matrices, per)
     opened = _open(manifest)
     members = opened.members
-    with progress_bar(progress) as bar:
+    with open_cache(cache) as kept, progress_bar(progress) as bar:
         task = bar.add_task("comparing", total=None, note="")
-        measurements = measure(
+        known, left = kept.split(opened.base, opened.pairings, manifest.per)
+        new = measure(
             opened.base,
-            opened.pairings,
+            left,
             manifest.per,
             Work(executor, max_memory),
             on_part=lambda done, total, matrix: bar.update(
                 task, completed=done, total=total, note=str(matrix)
             ),
+            on_matrix=lambda measurements: kept.keep(opened.base, measurements),
         )
-    order = {id(member.checkpoint): i for i, member in enumerate(members)}
-    measurements.sort(key=lambda m: order[id(m.source.member.checkpoint)])
+    measurements = _in_order([*known, *new], opened)
     table = make_table(_row(measurement) for measurement in measurements)
-    facts = _facts(manifest, members)
+    facts = _facts(manifest, members) | {"rows_computed_before": len(known)}
     facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
-    notes = [*opened.notes, *_undirected_note(table)]
+    notes = [*opened.notes, *_undirected_note(table), *_cache_note(len(known), kept.trouble)]
     return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
+
+
+def _in_order(measurements: Iterable[Measurement], opened: _Opened) -> list[Measurement]:
+    """Sort by checkpoint, then by matrix as the base has them."""
+    checkpoints = {id(member.checkpoint): i for i, member in enumerate(opened.members)}
+    matrices = {pairing.matrix: i for i, pairing in enumerate(opened.pairings)}
+    return sorted(
+        measurements, key=lambda m: (checkpoints[id(m.source.checkpoint)], matrices[m.matrix])
+    )
+
+
+def _cache_note(known: int, trouble: str | None) -> list[str]:
+    """Say how much was not computed again, and whether the rest was kept."""
+    notes = []
+    if known:
+        notes.append(
+            f"{known} rows were computed before and are taken from the cache; --no-cache "
+            "(cache=False) computes them anew"
+        )
+    if trouble:
+        notes.append(f"results could not be kept for the next time: {trouble}")
+    return notes
 
 
 def _undirected_note(table: pd.DataFrame) -> list[str]:

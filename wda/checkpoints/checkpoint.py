@@ -97,15 +97,16 @@ class Checkpoint(ABC):
         share = len(range(*(rows or ALL).indices(matrix.shape[0])))
         return sum(self.tensors[name].nbytes for name in names) * share // matrix.stored_shape[0]
 
-    def meaning(self, module: str) -> tuple[object, ...]:
+    def meaning(self, module: str) -> tuple[object, ...] | None:
         """Give all that an update of a module depends on: its tensors, how and in what files.
 
-        Where this is the same, the update is the same.
+        Where this is the same, the update is the same. None where a file elsewhere has no mark, so
+        that no one can tell.
         """
-        names = self.tensors_of(module)
-        stored = ((name, self.tensors[name]) for name in names)
-        held = ((name, entry.shape, entry.stored) for name, entry in stored)
-        return (self.layout, *held, *sorted(self.tensors.states(names).items()))
+        stored = [(n, self.tensors[n], self.tensors.state(n)) for n in self.tensors_of(module)]
+        if any(None in state for _, _, state in stored):
+            return None
+        return (self.layout, *((n, entry.shape, entry.stored, state) for n, entry, state in stored))
 
     @property
     def is_remote(self) -> bool:

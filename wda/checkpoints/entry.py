@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -59,8 +60,11 @@ class WeightFile:
 
 
 def state_of(place: Place) -> tuple[object, ...]:
-    """Give size, time of change and number of a file; of one elsewhere, size and mark."""
-    if isinstance(place, RemotePlace) and place.local is None:
-        return place.stat().st_size, place.mark
-    found = (place.local or place).stat() if isinstance(place, RemotePlace) else place.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    """Give place, size, time of change and number of a file; of one elsewhere, size and mark."""
+    if isinstance(place, RemotePlace):
+        if place.local is None:
+            return str(place), place.stat().st_size, place.mark
+        place = place.local
+    path = Path(str(place))
+    found = path.stat()
+    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino

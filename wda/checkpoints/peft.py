@@ -116,10 +116,10 @@ class PeftCheckpoint(Checkpoint):
         rank, features = self._shape("A", module)
         return 8 * rank * (features + share)
 
-    def meaning(self, module: str) -> tuple[object, ...]:
+    def meaning(self, module: str) -> tuple[object, ...] | None:
         """Give the scaling, beside what all layouts tell."""
-        scaling = (self.scaling(module),) if module in self.required else ()
-        return (*super().meaning(module), *scaling)
+        stored = super().meaning(module)
+        return stored and (*stored, self.scaling(module) if module in self.required else None)
 
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """Name the factors and the magnitude, or the whole weight beside the adapter."""

@@ -151,11 +151,10 @@ class Tensors(Mapping[str, Entry]):
         """The files that were opened."""
         return sorted(self._opened, key=str)
 
-    def states(self, names: Iterable[str]) -> dict[str, tuple[object, ...]]:
-        """Give what the files that hold these tensors were like when they were opened."""
-        places = dict.fromkeys(self._where[name] for name in names)
-        self.open(name for name in names)
-        return {str(place): self._opened[place].state for place in places}
+    def state(self, name: str) -> tuple[object, ...]:
+        """Give what the file that holds a tensor was like when it was opened."""
+        self.open([name])
+        return self._opened[self._where[name]].state
 
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Make sure that the files of these tensors, as far as they are here, are as they were.

@@ -1,0 +1,179 @@
+"""Results computed before, found again by all that they depend on: nothing is computed twice.
+
+One SQLite file holds the numbers of every matrix of every checkpoint that was ever measured, each
+under a digest of the tensors' places and stored forms, of the files' sizes and times of change, of
+the options, and of the code that makes the numbers. What has changed in any of them is simply not
+found. Several processes may share the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_cache_path
+
+from wda.checkpoints import FullCheckpoint
+from wda.decomposition import Per
+from wda.errors import OutputError
+from wda.naming import Matrix
+from wda.pairing import Pairing, Source
+from wda.schedule import Change, Measurement
+
+FILE = "results.sqlite"
+
+# The code that the numbers come from. Where it has changed, they are computed anew.
+_NUMBERS_FROM = ("kernels", "rows", "decomposition", "updates", "naming", "engine", "schedule")
+
+_SECONDS_BETWEEN_COMMITS = 0.5
+_SECONDS_TO_WAIT = 30  # while another process writes
+
+
+class ResultCache:
+    """The results that are kept; see :func:`open_cache`."""
+
+    def __init__(self, database: sqlite3.Connection | None, trouble: str | None = None) -> None:
+        self._database = database
+        self._new: list[tuple[bytes, str]] = []
+        self._committed = time.monotonic()
+        self.trouble = trouble
+
+    def split(
+        self, base: FullCheckpoint, pairings: Sequence[Pairing], per: Per
+    ) -> tuple[list[Measurement], list[Pairing]]:
+        """Give what is known of a comparison, and what is left to be measured."""
+        if self._database is None:
+            return [], list(pairings)
+        known, left = [], []
+        for pairing in pairings:
+            unknown = []
+            for source in pairing.sources:
+                change = self._find(_key(base, pairing.matrix, source, per))
+                if change is None:
+                    unknown.append(source)
+                else:
+                    known.append(Measurement(pairing.matrix, source, per, change))
+            if unknown:
+                left.append(Pairing(pairing.matrix, tuple(unknown)))
+        return known, left
+
+    def keep(self, base: FullCheckpoint, measurements: Iterable[Measurement]) -> None:
+        """Keep results, on disk within half a second as long as more of them come."""
+        if self._database is None:
+            return
+        for m in measurements:
+            if (key := _key(base, m.matrix, m.source, m.per)) is not None:
+                self._new.append((key, json.dumps(asdict(m.change))))
+        if time.monotonic() - self._committed > _SECONDS_BETWEEN_COMMITS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what is new."""
+        if self._database is None or not self._new:
+            return
+        try:
+            with self._database:
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO results VALUES (?, ?)", self._new
+                )
+        except sqlite3.Error as error:
+            self._give_up(error)
+        self._new.clear()
+        self._committed = time.monotonic()
+
+    def _find(self, key: bytes | None) -> Change | None:
+        if key is None or self._database is None:
+            return None
+        try:
+            query = self._database.execute("SELECT change FROM results WHERE key = ?", (key,))
+            row = query.fetchone()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return None
+        return Change(**json.loads(row[0])) if row else None
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        """Go on without: what is lost is time, the next time."""
+        self.trouble = str(error)
+        self._database = None
+
+
+@contextmanager
+def open_cache(where: str | Path | Literal[False] | None) -> Iterator[ResultCache]:
+    """Open the results kept in a folder, and write what is new to it in the end, come what may.
+
+    Parameters
+    ----------
+    where : path, False or None
+        The folder; False for none; None for the user's cache folder, where what cannot be opened
+        is no error, only remembered as ``trouble``.
+
+    Raises
+    ------
+    OutputError
+        When the folder that was named cannot be used.
+    """
+    if where is False:
+        yield ResultCache(None)
+        return
+    file = (user_cache_path("wda") if where is None else Path(where).expanduser()) / FILE
+    database, trouble = None, None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        database = _connect(file)
+    except (OSError, sqlite3.Error) as error:
+        why = f"{file}: {getattr(error, 'strerror', None) or error}"
+        if where is not None:
+            raise OutputError(
+                f"{why}; results cannot be kept there: choose another folder for --cache, delete "
+                "the file if it is damaged, or use --no-cache"
+            ) from None
+        trouble = why
+    cache = ResultCache(database, trouble)
+    try:
+        yield cache
+    finally:
+        cache.commit()
+        if database is not None:
+            database.close()
+
+
+def _connect(file: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(file, timeout=_SECONDS_TO_WAIT)
+    try:
+        with database:
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, change TEXT NOT NULL) "
+                "WITHOUT ROWID"
+            )
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
+
+
+def _key(base: FullCheckpoint, matrix: Matrix, source: Source, per: Per) -> bytes | None:
+    """Digest all that a result depends on; None where a file elsewhere tells nothing of itself."""
+    meanings = (base.meaning(matrix.module), source.checkpoint.meaning(source.module))
+    if None in meanings:
+        return None
+    how = (matrix.stored_transposed, matrix.stored_shape, matrix.part, per)
+    return hashlib.sha256(repr((_code(), how, meanings)).encode()).digest()
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    package = Path(__file__).parent
+    files = [*(package / f"{room}.py" for room in _NUMBERS_FROM)]
+    digest = hashlib.sha256()
+    for file in [*files, *sorted((package / "checkpoints").glob("*.py"))]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

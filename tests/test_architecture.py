@@ -25,7 +25,7 @@ ROOMS: list[set[str]] = [
     {"plan"},
     {"engine"},
     {"schedule"},
-    {"cache"},
+    {"cache", "cluster"},
     {"comparison"},
     {"adapters"},
     {"training"},

@@ -105,6 +105,14 @@ def compare(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Compute everything anew, and keep nothing.")
     ] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="tcp://HOST:PORT of a Dask scheduler, or local:N for N processes. By default "
+            "threads of this process do the work.",
+        ),
+    ] = None,
     max_memory: Annotated[
         int,
         typer.Option(
@@ -144,10 +152,15 @@ def compare(
 
         wda compare s3://bucket/runs/ft --base hf://google-bert/bert-base-uncased --dry-run
 
+    On the workers of a Dask cluster that reach the same files:
+
+        wda compare /shared/runs/ft --base /shared/base --scheduler tcp://10.0.0.7:8786
+
     Runs with names, seeds and chosen steps, from a file:
 
         wda compare checkpoints_manifest.yaml
     """
+    from wda.cluster import executor_of
     from wda.comparison import compare as run_compare
     from wda.files import staged_folder
 
@@ -161,13 +174,17 @@ def compare(
         _show_plan(plan(what, base, matrices), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
-    with staged_folder(out) if out else nullcontext() as folder:
+    with (
+        staged_folder(out) if out else nullcontext() as folder,
+        executor_of(scheduler) if scheduler else nullcontext() as executor,
+    ):
         comparison = run_compare(
             what,
             base,
             matrices,
             per,  # type: ignore[arg-type]
             cache=False if no_cache else cache,
+            executor=executor,
             max_memory=max_memory << 20,
             progress=sys.stderr.isatty(),
         )

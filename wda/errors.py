@@ -39,6 +39,10 @@ class OutputError(WdaError):
     """A place that cannot be written to."""
 
 
+class ClusterError(WdaError):
+    """Workers elsewhere that cannot be reached or cannot do the work."""
+
+
 class MissingExtraError(WdaError):
     """A feature whose optional dependencies are not installed."""
 

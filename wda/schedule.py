@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -174,6 +175,32 @@ def cut(base: FullCheckpoint, pairing: Pairing, per: Per, work: Work) -> list[Pa
     return [Part(base, matrix, sources, per, rows, work.held_bytes, work.device) for rows in blocks]
 
 
+class _Sealed:
+    """A unit on its way: where it is pickled, only the worker that does it opens it again.
+
+    A scheduler between here and the worker unpickles what it hands on, and need not reach the
+    files.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self._part: Part | bytes = part
+
+    def __getstate__(self) -> bytes:
+        return self._part if isinstance(self._part, bytes) else pickle.dumps(self._part)
+
+    def __setstate__(self, state: bytes) -> None:
+        self._part = state
+
+    def open(self) -> Part:
+        """Give the unit."""
+        part = self._part
+        return pickle.loads(part) if isinstance(part, bytes) else part
+
+
+def _do(sealed: _Sealed) -> list[Moved]:
+    return measure_part(sealed.open())
+
+
 def _finished(
     executor: Executor, units: Iterable[tuple[_Job, int]]
 ) -> Iterator[tuple[_Job, int, list[Moved]]]:
@@ -182,7 +209,7 @@ def _finished(
     try:
         while True:
             for job, index in islice(waiting, _MOST_PENDING - len(pending)):
-                pending[executor.submit(measure_part, job.parts[index])] = job, index
+                pending[executor.submit(_do, _Sealed(job.parts[index]))] = job, index
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:

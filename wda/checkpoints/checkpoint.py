@@ -127,7 +127,7 @@ class Checkpoint(ABC):
         """Travel to another process as the place it lies at, to be opened there once."""
         self._token = self._token or uuid.uuid4().hex
         place = self.path if isinstance(self.path, RemotePlace) else Path(str(self.path)).absolute()
-        return _open_once, (_Reference(self._token, type(self), place, _sizes(self)),)
+        return _open_once, (_Reference(self._token, type(self), place, self.tensors.sizes),)
 
     @property
     def files(self) -> list[Place]:
@@ -162,18 +162,14 @@ class _Reference:
         The class that reads it.
     place : Place
         Where it lies.
-    sizes : tuple of int
+    sizes : tuple
         The sizes of its files, as far as they are on this machine.
     """
 
     token: str
     layout: type[Checkpoint] = field(compare=False)
     place: Place = field(compare=False)
-    sizes: tuple[int, ...] = field(compare=False)
-
-
-def _sizes(checkpoint: Checkpoint) -> tuple[int, ...]:
-    return tuple(f.stat().st_size for f in checkpoint.files if not isinstance(f, RemotePlace))
+    sizes: tuple[object, ...] = field(compare=False)
 
 
 @lru_cache(maxsize=256)
@@ -189,7 +185,7 @@ def _open_once(reference: _Reference) -> Checkpoint:
         found = reference.layout.open(reference.place)
     except WdaError as error:
         raise CheckpointError(f"on the worker {platform.node()}: {error}") from None
-    if found is None or _sizes(found) != reference.sizes:
+    if found is None or found.tensors.sizes != reference.sizes:
         raise CheckpointError(
             f"{reference.place}: the worker {platform.node()} finds "
             f"{'nothing' if found is None else 'other files'} there; workers must reach the same "

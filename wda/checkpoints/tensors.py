@@ -156,6 +156,12 @@ class Tensors(Mapping[str, Entry]):
         self.open([name])
         return self._opened[self._where[name]].state
 
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """Give the sizes of the files on this machine, when they were opened."""
+        here = (file for file in self.files if not isinstance(file, RemotePlace))
+        return tuple(self._opened[file].state[1] for file in here)
+
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Make sure that the files of these tensors, as far as they are here, are as they were.
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sqlite3
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import moved, pico_weights, save_model
+from conftest import WDA, moved, pico_weights, save_model
+from servers import STALL, Files, serving
 
 import wda
 from wda import engine, schedule
@@ -90,31 +91,63 @@ def test_memory_does_not_grow_with_model_and_checkpoints(tmp_path: Path) -> None
 
 
 SLOW = """
-    import os, sys, time, wda.comparison, wda.schedule
-    measure = wda.schedule.measure_part
-    def slow(part):
-        time.sleep(0.5)
-        moved = measure(part)
-        os.write(1, b"one done" + bytes([10]))
-        return moved
-    wda.schedule.measure_part = slow
-    wda.comparison.compare([sys.argv[2]], base=sys.argv[1], matrices=["query"])
+import time, wda.schedule
+from wda.cli import main
+measure = wda.schedule.measure_part
+wda.schedule.measure_part = lambda part: (time.sleep(0.3), measure(part))[1]
+main()
 """
 
 
-def test_ctrl_c_ends_a_comparison_after_the_units_under_way(tmp_path: Path) -> None:
-    base = big_model(tmp_path / "base", 24, seed=0)
-    run = big_model(tmp_path / "run", 24, seed=1)
-    code = textwrap.dedent(SLOW)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, base, run],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "one done\n"
+def interrupted(command: list[object], ready: Callable[[], bool]) -> tuple[float, int, str]:
+    """Send Ctrl-C when ready; give the seconds it took to end, the code and standard error."""
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    finished_after = process.communicate(timeout=60)[0].count("one done")
-    assert finished_after <= 2 * (os.cpu_count() or 1)  # those under way, not the dozens to come
-    assert process.returncode != 0
+    stderr = process.communicate(timeout=60)[1]
+    return time.monotonic() - start, process.returncode, stderr
+
+
+def rows_kept(folder: Path) -> int:
+    if not (folder / "results.sqlite").exists():
+        return 0
+    database = sqlite3.connect(folder / "results.sqlite")
+    try:
+        return int(database.execute("SELECT count(*) FROM results").fetchone()[0])
+    except sqlite3.OperationalError:  # the table is not there yet
+        return 0
+    finally:
+        database.close()
+
+
+def test_ctrl_c_ends_a_comparison_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    base = big_model(tmp_path / "base", 24, seed=0)
+    runs = [big_model(tmp_path / f"run{i}", 24, seed=i + 1) for i in range(4)]
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    command = [sys.executable, "-c", SLOW, "compare", *runs, "--base", base]
+    command += ["--cache", kept, "--out", out]
+    seconds, code, stderr = interrupted(command, lambda: rows_kept(kept) > 0)
+    assert (code, stderr) == (130, "wda: interrupted; what was finished is kept\n")
+    assert seconds < 2
+    assert not out.exists()
+    assert 0 < rows_kept(kept) < 192
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_stalls(tmp_path: Path) -> None:
+    base = big_model(tmp_path / "base", 1, seed=0)
+    big_model(tmp_path / "site", 1, seed=1)
+    with serving(Files, tmp_path / "site") as (handler, address):
+        handler.faults["model.safetensors"] = ["", *["stall"] * 100]
+        command = [WDA, "compare", address, "--base", base, "--no-cache"]
+
+        def stalled() -> bool:
+            return len(handler.faults["model.safetensors"]) < 100
+
+        seconds, code, _ = interrupted([*command], stalled)
+    assert code == 130
+    assert seconds < 2 < STALL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,13 +28,20 @@ _WRITTEN = "tables, scatter.png, scatter.pdf, provenance.json"
 
 
 class _Group(TyperGroup):
-    """Turns an error the user can mend into one line and exit code 1."""
+    """Turns an error the user can mend into one line and exit code 1, and Ctrl-C into 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except WdaError as error:
             _fail(error)
+        except KeyboardInterrupt:
+            _say("wda: interrupted; what was finished is kept")
+            # Threads that wait for a slow disk or a far server would be waited for; they write
+            # nothing.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
 
 
 app = typer.Typer(

@@ -40,14 +40,21 @@ _SECONDS_TO_WAIT = 30  # while another process writes
 class ResultCache:
     """The results that are kept; see :func:`open_cache`."""
 
-    def __init__(self, database: sqlite3.Connection | None, trouble: str | None = None) -> None:
+    def __init__(
+        self,
+        database: sqlite3.Connection | None,
+        base: FullCheckpoint,
+        options: tuple[str, ...],
+        trouble: str | None = None,
+    ) -> None:
         self._database = database
+        self._base, self._options = base, options
         self._new: list[tuple[bytes, str]] = []
         self._committed = time.monotonic()
         self.trouble = trouble
 
     def split(
-        self, base: FullCheckpoint, pairings: Sequence[Pairing], per: Per
+        self, pairings: Sequence[Pairing], per: Per
     ) -> tuple[list[Measurement], list[Pairing]]:
         """Give what is known of a comparison, and what is left to be measured."""
         if self._database is None:
@@ -56,7 +63,7 @@ class ResultCache:
         for pairing in pairings:
             unknown = []
             for source in pairing.sources:
-                change = self._find(_key(base, pairing.matrix, source, per))
+                change = self._find(self._key(pairing.matrix, source))
                 if change is None:
                     unknown.append(source)
                 else:
@@ -65,12 +72,12 @@ class ResultCache:
                 left.append(Pairing(pairing.matrix, tuple(unknown)))
         return known, left
 
-    def keep(self, base: FullCheckpoint, measurements: Iterable[Measurement]) -> None:
+    def keep(self, measurements: Iterable[Measurement]) -> None:
         """Keep results, on disk within half a second as long as more of them come."""
         if self._database is None:
             return
         for m in measurements:
-            if (key := _key(base, m.matrix, m.source, m.per)) is not None:
+            if (key := self._key(m.matrix, m.source)) is not None:
                 self._new.append((key, json.dumps(asdict(m.change))))
         if time.monotonic() - self._committed > _SECONDS_BETWEEN_COMMITS:
             self.commit()
@@ -100,6 +107,14 @@ class ResultCache:
             return None
         return Change(**json.loads(row[0])) if row else None
 
+    def _key(self, matrix: Matrix, source: Source) -> bytes | None:
+        """Digest all that a result depends on; None where a far file tells nothing of itself."""
+        meanings = self._base.meaning(matrix.module), source.checkpoint.meaning(source.module)
+        if None in meanings:
+            return None
+        how = (matrix.stored_transposed, matrix.stored_shape, matrix.part, *self._options)
+        return hashlib.sha256(repr((_code(), how, meanings)).encode()).digest()
+
     def _give_up(self, error: sqlite3.Error) -> None:
         """Go on without: what is lost is time, the next time."""
         self.trouble = str(error)
@@ -107,7 +122,9 @@ class ResultCache:
 
 
 @contextmanager
-def open_cache(where: str | Path | Literal[False] | None) -> Iterator[ResultCache]:
+def open_cache(
+    where: str | Path | Literal[False] | None, base: FullCheckpoint, *options: str
+) -> Iterator[ResultCache]:
     """Open the results kept in a folder, and write what is new to it in the end, come what may.
 
     Parameters
@@ -115,6 +132,10 @@ def open_cache(where: str | Path | Literal[False] | None) -> Iterator[ResultCach
     where : path, False or None
         The folder; False for none; None for the user's cache folder, where what cannot be opened
         is no error, only remembered as ``trouble``.
+    base : FullCheckpoint
+        What all results are measured against.
+    *options : str
+        What else they depend on: ``per``, the device.
 
     Raises
     ------
@@ -122,7 +143,7 @@ def open_cache(where: str | Path | Literal[False] | None) -> Iterator[ResultCach
         When the folder that was named cannot be used.
     """
     if where is False:
-        yield ResultCache(None)
+        yield ResultCache(None, base, options)
         return
     file = (user_cache_path("wda") if where is None else Path(where).expanduser()) / FILE
     database, trouble = None, None
@@ -137,7 +158,7 @@ def open_cache(where: str | Path | Literal[False] | None) -> Iterator[ResultCach
                 "the file if it is damaged, or use --no-cache"
             ) from None
         trouble = why
-    cache = ResultCache(database, trouble)
+    cache = ResultCache(database, base, options, trouble)
     try:
         yield cache
     finally:
@@ -158,15 +179,6 @@ def _connect(file: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
-
-
-def _key(base: FullCheckpoint, matrix: Matrix, source: Source, per: Per) -> bytes | None:
-    """Digest all that a result depends on; None where a file elsewhere tells nothing of itself."""
-    meanings = (base.meaning(matrix.module), source.checkpoint.meaning(source.module))
-    if None in meanings:
-        return None
-    how = (matrix.stored_transposed, matrix.stored_shape, matrix.part, per)
-    return hashlib.sha256(repr((_code(), how, meanings)).encode()).digest()
 
 
 @lru_cache(maxsize=1)

@@ -127,6 +127,9 @@ def compare(
             "--max-memory", min=128, metavar="MIB", help="MiB to take beside mapped files."
         ),
     ] = 512,
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda", help="Where to compute; cuda:1 for the second GPU.")
+    ] = "cpu",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -194,6 +197,7 @@ def compare(
             cache=False if no_cache else cache,
             executor=executor,
             max_memory=max_memory << 20,
+            device=device,
             progress=sys.stderr.isatty(),
         )
         if folder is not None:

@@ -14,6 +14,7 @@ import pandas as pd
 from wda.cache import open_cache
 from wda.checkpoints import FullCheckpoint, open_base
 from wda.decomposition import Per
+from wda.engine import usable_device
 from wda.errors import LocationError, ManifestError, listing
 from wda.files import describe, staged_folder
 from wda.locations import locate, of_model_reference
@@ -78,8 +79,10 @@ def compare(
     matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
     cache: str | Path | Literal[False] | None = None,
+    *,
     executor: Executor | None = None,
     max_memory: int = DEFAULT_MEMORY,
+    device: str = "cpu",
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -104,6 +107,8 @@ def compare(
         of this process.
     max_memory : int
         Bytes that those threads may take together, beside the pages of mapped files.
+    device : str
+        Where to compute: ``cpu``, ``cuda`` or ``cuda:N``.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -117,25 +122,30 @@ def compare(
     WdaError
         One of its kinds, when something given does not exist, cannot be read or does not fit.
     """
+    computing = usable_device(device)
     manifest = make_manifest(paths_or_manifest, base, matrices, per)
     opened = _open(manifest)
     members = opened.members
-    with open_cache(cache) as kept, progress_bar(progress) as bar:
+    with (
+        open_cache(cache, opened.base, manifest.per, computing) as kept,
+        progress_bar(progress) as bar,
+    ):
         task = bar.add_task("comparing", total=None, note="")
-        known, left = kept.split(opened.base, opened.pairings, manifest.per)
+        known, left = kept.split(opened.pairings, manifest.per)
         new = measure(
             opened.base,
             left,
             manifest.per,
-            Work(executor, max_memory),
+            Work(executor, max_memory, computing),
             on_part=lambda done, total, matrix: bar.update(
                 task, completed=done, total=total, note=str(matrix)
             ),
-            on_matrix=lambda measurements: kept.keep(opened.base, measurements),
+            on_matrix=kept.keep,
         )
     measurements = _in_order([*known, *new], opened)
     table = make_table(_row(measurement) for measurement in measurements)
-    facts = _facts(manifest, members) | {"rows_computed_before": len(known)}
+    facts = _facts(manifest, members)
+    facts |= {"device": computing, "rows_computed_before": len(known)}
     facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
     notes = [*opened.notes, *_undirected_note(table), *_cache_note(len(known), kept.trouble)]
     return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wda.checkpoints import FullCheckpoint
 from wda.decomposition import Displacement, Per, join
-from wda.errors import CheckpointError
+from wda.errors import CheckpointError, DeviceError
 from wda.naming import Matrix
 from wda.pairing import Source
 from wda.remote import at_once
@@ -143,6 +143,27 @@ def _grouped(part: Part) -> Iterator[list[Source]]:
         used += needed
     if group:
         yield group
+
+
+def usable_device(device: str) -> str:
+    """Give the device, after making sure that it can be computed on.
+
+    Raises
+    ------
+    DeviceError
+        When it is not there, or is of a kind that has no float64.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise DeviceError(f"device: {device!r} is not one to compute on; give cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= count:
+        found = f"it finds {count}" if count else "it finds none"
+        raise DeviceError(
+            f"device: {device} is not there: torch {torch.__version__} was asked for CUDA devices "
+            f"and {found}; leave --device out to compute on the processor"
+        )
+    return device
 
 
 def _read(group: Sequence[Source], matrix: Matrix, rows: slice | None) -> list[Update]:

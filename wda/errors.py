@@ -39,6 +39,10 @@ class OutputError(WdaError):
     """A place that cannot be written to."""
 
 
+class DeviceError(WdaError):
+    """A device that is not there or cannot do the arithmetic."""
+
+
 class ClusterError(WdaError):
     """Workers elsewhere that cannot be reached or cannot do the work."""
 

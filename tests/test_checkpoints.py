@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import moved, pico_weights, save_model, save_pico_adapter
 from safetensors.torch import save_file
 
 import wda
+from wda import engine
 from wda.checkpoints import open_base, open_checkpoint
 from wda.errors import CheckpointError, PairingError, SelectionError, WdaError
 
@@ -317,3 +319,62 @@ def test_a_step_folder_without_weights_is_named(runs: dict[str, Path]) -> None:
         CheckpointError, match="checkpoint-500: no checkpoint here.* an empty folder"
     ):
         wda.compare(runs["lora"], progress=False)
+
+
+def test_vectors_and_stacks_that_a_pattern_chooses_are_named(tmp_path: Path) -> None:
+    query = "encoder.layer.0.attention.self.query.weight"
+    tensors = {
+        query: torch.randn(4, 6),
+        "encoder.layer.0.LayerNorm.weight": torch.randn(6),
+        "encoder.conv.weight": torch.randn(3, 4, 5),
+        "encoder.layer.0.experts": torch.randn(2, 3, 4),
+        "encoder.layer.0.attention.self.query.bias": torch.randn(4),
+    }
+    base = save_model(tmp_path / "base", tensors)
+    run = save_model(tmp_path / "a", moved(tensors, 0.1, seed=1))
+    comparison = wda.compare(run, base=base, matrices="re:.*", progress=False)
+    assert list(comparison.table["module"]) == [query.removesuffix(".weight")]
+    (note,) = comparison.notes
+    assert note.startswith("left out of re:.*: 3 tensors that are no matrices: ")
+    assert "encoder.layer.0.LayerNorm.weight (6)" in note
+    assert "encoder.conv.weight (3×4×5)" in note
+    for word, named in (
+        ("re:conv", "conv.weight"),
+        ("LayerNorm", "Norm.weight"),
+        ("experts", "ex"),
+    ):
+        with pytest.raises(SelectionError, match=f"{named}.*need two dimensions"):
+            wda.compare(run, base=base, matrices=word, progress=False)
+
+
+def test_files_that_change_or_vanish_while_they_are_read(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    displacements = engine.displacements
+
+    def disturbed(*arguments: Any) -> Any:
+        found = displacements(*arguments)
+        disturb()
+        return found
+
+    def rewrite() -> None:
+        other = save_model(tmp_path / "other", moved(pico_weights(), 0.2, seed=2))
+        (other / "model.safetensors").replace(run / "model.safetensors")
+
+    def delete() -> None:
+        (run / "model.safetensors").unlink(missing_ok=True)
+
+    def rewrite_base() -> None:
+        save_model(tmp_path / "again", pico_weights(seed=3))
+        (tmp_path / "again" / "model.safetensors").replace(base / "model.safetensors")
+
+    monkeypatch.setattr(engine, "displacements", disturbed)
+    for what, message in (
+        (rewrite, "run.model.safetensors: changed while it was read; compare again"),
+        (delete, "run.model.safetensors: was deleted while it was read; compare again"),
+        (rewrite_base, "base.model.safetensors: changed while it was read"),
+    ):
+        run = save_model(tmp_path / "run", moved(pico_weights(), 0.1, seed=1))
+        disturb = what
+        with pytest.raises(CheckpointError, match=message):
+            wda.compare(run, base=base, cache=False, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -136,6 +137,21 @@ def test_ctrl_c_ends_a_comparison_and_keeps_what_is_finished(tmp_path: Path) -> 
     assert seconds < 2
     assert not out.exists()
     assert 0 < rows_kept(kept) < 192
+
+
+def test_a_file_cut_short_in_the_middle_of_reading_is_named_in_one_line(tmp_path: Path) -> None:
+    base = big_model(tmp_path / "base", 24, seed=0)
+    run, kept = big_model(tmp_path / "run", 24, seed=1), tmp_path / "kept"
+    command = [sys.executable, "-c", SLOW, "compare", run, "--base", base, "--cache", kept]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    while not rows_kept(kept):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.truncate(run / "model.safetensors", 1 << 20)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert stderr.count("\n") == 1
+    assert "a file was cut short while it was read" in stderr or "changed while" in stderr
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_stalls(tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ def compare(
     from wda.cluster import executor_of
     from wda.comparison import compare as run_compare
     from wda.files import staged_folder
+    from wda.signals import explain_files_cut_short
 
+    explain_files_cut_short()
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
     if cache is not None and no_cache:

@@ -85,6 +85,8 @@ def pair(
         raise PairingError(
             f"checkpoints and base do not fit ({len(problems)} found): " + "; ".join(problems)
         )
+    if others := _no_matrices(base, wanted):
+        notes.append(f"left out of {', '.join(wanted)}: {others}")
     pairings = [Pairing(matrix, tuple(found)) for matrix, found in sources.items() if found]
     return pairings, list(dict.fromkeys(notes))
 
@@ -109,8 +111,25 @@ def _select(
     try:
         return select(_base_matrices(base, members, names, likely), wanted)
     except SelectionError:
+        if others := _no_matrices(base, wanted):
+            raise SelectionError(
+                f"matrices: {', '.join(wanted)}: of the base these are {others}; "
+                "magnitude and direction need two dimensions"
+            ) from None
         # Only to say what there is instead are the others looked at.
         return select(_base_matrices(base, members, names, base.modules), wanted)
+
+
+def _no_matrices(base: FullCheckpoint, wanted: Sequence[str]) -> str:
+    """Say which tensors the words mean that are no matrices; biases go without saying."""
+    likely = [
+        name
+        for name in base.tensors
+        if not name.endswith(".bias") and may_be_wanted(name.removesuffix(".weight"), wanted)
+    ]
+    shapes = base.tensors.shapes_of(likely)
+    others = [f"{name} ({'×'.join(map(str, s))})" for name, s in shapes.items() if len(s) != 2]
+    return f"{len(others)} tensors that are no matrices: {listing(others, 4)}" if others else ""
 
 
 def _base_matrices(

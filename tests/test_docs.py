@@ -149,3 +149,12 @@ def test_notebooks_run_on_small_data(notebook: Path, short_demo: Path, tmp_path:
         if "image/png" in output.get("data", {})
     ]
     assert pictures
+
+
+@pytest.mark.parametrize("page", ["clusters.md", "scaling.md", "benchmarks.md"])
+def test_the_pages_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, page, "exec")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -13,7 +14,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import PICO_LAYERS, moved, pico_weights, save_model, save_pico_adapter
+from conftest import (
+    PICO_LAYERS,
+    moved,
+    pico_weights,
+    save_model,
+    save_pico_adapter,
+    wda_command,
+)
 from safetensors.torch import save_file
 from servers import STALL, Counting, Files, Hub, s3_server, serving
 from typer.testing import CliRunner
@@ -21,7 +29,13 @@ from typer.testing import CliRunner
 import wda
 from wda.cli import app
 from wda.comparison import plan
-from wda.errors import CheckpointError, LocationError, MissingExtraError, SelectionError
+from wda.errors import (
+    CheckpointError,
+    LocationError,
+    ManifestError,
+    MissingExtraError,
+    SelectionError,
+)
 from wda.locations import locate
 from wda.remote import fetch
 
@@ -360,6 +374,82 @@ def test_the_query_of_an_address_is_sent_but_never_shown(
     assert all(path.endswith("?key=secret") for path in asked)
     assert "secret" not in comparison.table.to_csv()
     assert "secret" not in json.dumps(comparison.provenance["checkpoints"])
+
+
+def signed(address: str) -> str:
+    """Put a login and a signature into an address, with a character no request may hold."""
+    return f"{address.replace('://', '://me:hidden%21@')}?signature=hidden ü#hidden"
+
+
+def test_secrets_of_an_address_are_sent_but_written_nowhere(
+    site: tuple[type[Files], str], tmp_path: Path
+) -> None:
+    handler, address = site
+    save_model(handler.folder / "base", pico_weights())
+    save_model(handler.folder / "ft", moved(pico_weights(), 0.1, seed=1))
+    what = ["compare", signed(f"{address}/ft"), f"--base={signed(f'{address}/base')}", "--no-cache"]
+    out = tmp_path / "out"
+    done = wda_command(*what, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = wda_command(*what, "--dry-run", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert set(handler.authorized) == {"Basic bWU6aGlkZGVuIQ=="}  # me:hidden!
+    texts = [file.read_bytes() for file in out.iterdir()]
+    shown = "".join([done.stdout, done.stderr, told.stdout, told.stderr])
+    assert len(texts) == 6
+    assert not any(b"hidden" in text for text in [*texts, shown.encode()])
+    facts = json.loads((out / "provenance.json").read_text())
+    assert facts["base"]["location"] == f"{address}/base"
+    assert facts["command"] == (
+        f"wda compare {address}/ft --base={address}/base --no-cache --out {out}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        ("ftp://server/base", "ftp://server/base: ftp:// is not a kind of location"),
+        ("http:///base", "http:///base: no server in it"),
+        (
+            "http://127.0.0.1:9/base",
+            "cannot be read, tried 4 times: .*refused",
+        ),
+    ],
+)
+def test_secrets_are_in_no_error(base: str, why: str, runs: dict[str, Path]) -> None:
+    done = CliRunner().invoke(app, ["compare", str(runs["ft"]), "--base", signed(base)])
+    assert done.exit_code == 1
+    assert re.search(why, done.stderr), done.stderr
+    assert "hidden" not in done.stderr
+
+
+def test_secrets_in_a_manifest_are_in_no_error(tmp_path: Path) -> None:
+    far = signed("https://server/ft").partition("#")[0]
+    manifest = tmp_path / "manifest.yaml"
+    for text, why in {
+        f"runs: '{far}'": "got 'https://server/ft",
+        f"runs: [{{path: '{far}'}}, {{path: '{far}'}}]": "several runs are called ft",
+        f"runs: {{path: '{far}', [": "is not YAML: line 1: ",
+    }.items():
+        manifest.write_text(text)
+        with pytest.raises(ManifestError, match=why) as caught:
+            plan(manifest)
+        assert "hidden" not in str(caught.value)
+    with pytest.raises(ManifestError, match=r"called ft \(https://server/ft, https://other/ft\)"):
+        plan([far, signed("https://other/ft")])
+
+
+def test_secrets_of_the_base_that_adapters_name(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        far = signed(f"ftp://server/{name}")
+        save_pico_adapter(tmp_path / name, base_model_name_or_path=far)
+    with pytest.raises(LocationError, match="name ftp://server/one as their base") as caught:
+        plan(tmp_path / "one")
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(
+        ManifestError, match=r"several bases \(ftp://server/one, ftp://server/two\)"
+    ):
+        plan([tmp_path / "one", tmp_path / "two"])
 
 
 # --- A bucket -----------------------------------------------------------------------------------

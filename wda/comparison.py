@@ -19,7 +19,7 @@ from wda.files import describe, staged_folder
 from wda.locations import locate, of_model_reference
 from wda.manifest import Manifest, make_manifest
 from wda.pairing import Pairing, pair
-from wda.places import Place
+from wda.places import Place, shown
 from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
@@ -245,7 +245,7 @@ def _open(manifest: Manifest) -> _Opened:
     location, place = _find_base(manifest, members)
     base = open_base(place)
     pairings, notes = pair(base, members, manifest.matrices)
-    return _Opened(location, base, members, pairings, notes)
+    return _Opened(shown(location), base, members, pairings, notes)
 
 
 def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Place]:
@@ -255,8 +255,8 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Plac
     named = sorted({member.checkpoint.base for member in members if member.checkpoint.base})
     if len(named) > 1:
         raise ManifestError(
-            f"base: the adapters name several bases ({listing(named)}); compare runs of one base "
-            "at a time, or give the right one with --base"
+            f"base: the adapters name several bases ({listing(map(shown, named))}); compare runs "
+            "of one base at a time, or give the right one with --base"
         )
     if not named:
         raise LocationError(
@@ -268,8 +268,8 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Plac
         return location, locate(location)
     except LocationError as error:
         raise LocationError(
-            f"base: the adapters name {named[0]} as their base, which is not to be had ({error}); "
-            "give it with --base LOCATION"
+            f"base: the adapters name {shown(named[0])} as their base, which is not to be had "
+            f"({error}); give it with --base LOCATION"
         ) from None
 
 

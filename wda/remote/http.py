@@ -6,6 +6,7 @@ off and refusing a server that ignores ranges, the ready-made file systems do no
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import re
@@ -18,6 +19,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from wda.errors import LocationError
+from wda.places import shown
 from wda.remote.fetch import PATIENCE, TemporaryError, persist
 from wda.remote.place import Store
 
@@ -26,6 +28,7 @@ _ABSENT = (403, 404, 410)  # a bucket behind a web address says 403 of what is n
 _FILES = (".safetensors", ".bin", ".json", ".yaml", ".txt")
 _CHUNK = 1 << 20
 _HEAD = 8  # bytes that tell a file's size, and the length of a safetensors header
+_IN_QUERY = "%/?:@!$&'()*+,;="  # what a query may hold beside letters, digits and "_.-~"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -133,16 +136,26 @@ def _retry_after(error: urllib.error.HTTPError) -> float | None:
 
 
 class Site(Store):
-    """A web server; a key is the path of an address."""
+    """A web server; a key is the path of an address.
 
-    def __init__(self, scheme: str, host: str, query: str) -> None:
-        self._scheme, self._host, self._query = scheme, host, query
+    Parameters
+    ----------
+    scheme, host : str
+        Where it is.
+    query : str
+        Goes behind every path; it may be a signature.
+    headers : mapping
+        Sent along to this server alone; they may hold a login.
+    """
+
+    def __init__(self, scheme: str, host: str, query: str, headers: Mapping[str, str]) -> None:
+        self._scheme, self._host, self._query, self._headers = scheme, host, query, dict(headers)
         # Key → size, mark and first bytes; None where there is no such file.
         self._known: dict[str, tuple[int, str | None, bytes] | None] = {}
 
     def url(self, key: str) -> str:
-        """Give the address without its query, which may hold a signature."""
-        return f"{self._scheme}://{self._host.rpartition('@')[2]}/{key}"
+        """Give the address without its query."""
+        return f"{self._scheme}://{self._host}/{key}"
 
     def children(self, key: str) -> None:  # noqa: ARG002
         """Tell that no one can tell."""
@@ -169,7 +182,7 @@ class Site(Store):
             into[:] = known[2][: len(into)]
             return len(into)
         try:
-            came, size, mark = read_range(self._address(key), start, into, self.url(key))
+            came, size, mark = self._range(key, start, into)
         except urllib.error.HTTPError as error:
             raise LocationError(f"{self.url(key)}: {_refusal(error)}") from None
         if known is not None and known[:2] != (size, mark):
@@ -179,7 +192,7 @@ class Site(Store):
     def _probe(self, key: str) -> tuple[int, str | None, bytes] | None:
         head = bytearray(_HEAD)
         try:
-            came, size, mark = read_range(self._address(key), 0, memoryview(head), self.url(key))
+            came, size, mark = self._range(key, 0, memoryview(head))
         except urllib.error.HTTPError as error:
             if error.code in _ABSENT:
                 return None
@@ -190,13 +203,15 @@ class Site(Store):
             raise TemporaryError("the answer ended too early")
         return size, mark, bytes(head[:came])
 
-    def _address(self, key: str) -> str:
-        return urlunsplit((self._scheme, self._host, quote(f"/{key}"), self._query, ""))
+    def _range(self, key: str, start: int, into: memoryview) -> tuple[int, int, str | None]:
+        address = urlunsplit((self._scheme, self._host, quote(f"/{key}"), self._query, ""))
+        return read_range(address, start, into, self.url(key), self._headers)
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
     hint = {
-        401: "it wants a login, which cannot be given here; download it and give its path",
+        401: "it wants a login; write https://USER:PASSWORD@SERVER/PATH, or download it and give "
+        "its path",
         403: "it may not be read; if the address was signed, sign it anew",
         404: "it is not there any more",
     }
@@ -206,6 +221,12 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 def open_site(location: str) -> tuple[Site, str]:
     """Split an address into its server and the path there."""
     parts = urlsplit(location)
-    if not parts.netloc:
-        raise LocationError(f"{location}: no server in it; expected https://SERVER/PATH")
-    return Site(parts.scheme, parts.netloc, parts.query), unquote(parts.path).strip("/")
+    login, _, host = parts.netloc.rpartition("@")
+    if not host:
+        raise LocationError(f"{shown(location)}: no server in it; expected https://SERVER/PATH")
+    headers = {}
+    if login:
+        encoded = base64.b64encode(unquote(login).encode()).decode()
+        headers["Authorization"] = f"Basic {encoded}"
+    query = quote(parts.query, safe=_IN_QUERY)
+    return Site(parts.scheme, host, query, headers), unquote(parts.path).strip("/")

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from conftest import (
     save_pico_adapter,
     wda_command,
 )
+from rich.progress import Progress
 from safetensors.torch import save_file
 from servers import STALL, Counting, Files, Hub, s3_server, serving
 from typer.testing import CliRunner
@@ -252,6 +254,67 @@ def test_a_folder_cannot_be_listed_over_http(
     far = wda.compare(manifest, progress=False).table
     same(far, table(handler.folder / "ft", base=base))
     assert list(far["run"].unique()) == ["ft"]
+
+
+def test_runs_are_looked_for_and_opened_side_by_side(
+    site: tuple[type[Files], str], tmp_path: Path
+) -> None:
+    import threading
+
+    handler, address = site
+    for name in ("base", "one", "two", "three"):
+        save_model(handler.folder / name, moved(pico_weights(), 0.1, seed=len(name)))
+    meetings = {name: threading.Barrier(3) for name in ("recipe.yaml", "adapter_config.json")}
+    plain = handler.answer
+
+    def meet(server: Files, body: bool) -> None:
+        folder, _, name = server.path.lstrip("/").partition("/")
+        if folder != "base" and name in meetings:
+            meetings[name].wait(timeout=5)
+        plain(server, body)
+
+    handler.answer = meet
+    assert len(plan([f"{address}/{n}" for n in ("one", "two", "three")], f"{address}/base")) == 4
+
+
+def test_opening_shows_how_far_it_is(
+    site: tuple[type[Files], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from wda.progress import progress_bar
+
+    handler, address = site
+    save_model(handler.folder / "base", pico_weights())
+    for step in (1, 2, 3):
+        save_model(handler.folder / f"ft/checkpoint-{step}", moved(pico_weights(), 0.1, seed=step))
+    manifest = tmp_path / "manifest.yaml"
+    runs = f"[{{path: '{address}/ft', steps: [1, 2, 3]}}, {{path: '{address}/base', name: same}}]"
+    manifest.write_text(f"base: '{address}/base/{WEIGHTS}'\nruns: {runs}\n")
+    bars, seen = [], []
+
+    @contextmanager
+    def watched(show: bool) -> Iterator[Progress]:
+        with progress_bar(show) as bar:
+            bars.append(bar)
+            yield bar
+
+    def answer(server: Files, body: bool) -> None:
+        task = bars[-1].tasks[0]
+        seen.append((task.description, task.completed, task.total))
+        plain(server, body)
+
+    plain, handler.answer = handler.answer, answer
+    monkeypatch.setattr("wda.comparison.progress_bar", watched)
+    plan(manifest, progress=False)
+    assert seen[0] == ("opening", 0, None)  # while the checkpoints are looked for
+    assert seen[-1] == ("opening", 4, 5)  # the base comes last
+    assert capsys.readouterr().err == ""
+    plan(manifest, progress=True)
+    assert re.search(r"opening .* 5/5 +100%", capsys.readouterr().err)
+    wda.compare(manifest, cache=False, progress=True)
+    assert re.search(r"opening .* 5/5 +100%(?s:.*)comparing .* 6/6", capsys.readouterr().err)
 
 
 def test_an_adapter_and_its_settings_come_from_afar(

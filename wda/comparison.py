@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+from rich.progress import Progress
 
 from wda.cache import open_cache
 from wda.checkpoints import FullCheckpoint, open_base
@@ -23,7 +24,7 @@ from wda.places import Place, shown
 from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
-from wda.runs import Member, open_run
+from wda.runs import Member, open_runs
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.statistics import compute_statistics
 from wda.table import make_table, read_table, table_file, write_table
@@ -118,9 +119,8 @@ def compare(
         One of its kinds, when something given does not exist, cannot be read or does not fit.
     """
     manifest = make_manifest(paths_or_manifest, base, matrices, per)
-    opened = _open(manifest)
-    members = opened.members
     with open_cache(cache) as kept, progress_bar(progress) as bar:
+        opened = _open(manifest, bar)
         task = bar.add_task("comparing", total=None, note="")
         known, left = kept.split(opened.base, opened.pairings, manifest.per)
         new = measure(
@@ -135,7 +135,7 @@ def compare(
         )
     measurements = _in_order([*known, *new], opened)
     table = make_table(_row(measurement) for measurement in measurements)
-    facts = _facts(manifest, members) | {"rows_computed_before": len(known)}
+    facts = _facts(manifest, opened.members) | {"rows_computed_before": len(known)}
     facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
     notes = [*opened.notes, *_undirected_note(table), *_cache_note(len(known), kept.trouble)]
     return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
@@ -180,6 +180,7 @@ def plan(
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
+    progress: bool = True,
 ) -> list[Reading]:
     """Tell how many bytes :func:`compare` would read, from headers alone; no tensor is read.
 
@@ -191,6 +192,8 @@ def plan(
         The pre-trained model; by default the manifest's, else what the adapters name.
     matrices : str or sequence of str, optional
         As for :func:`compare`; by default the manifest's, else query and value.
+    progress : bool
+        Whether to show a progress bar on standard error.
 
     Returns
     -------
@@ -202,7 +205,9 @@ def plan(
     WdaError
         As :func:`compare` does before it reads.
     """
-    opened = _open(make_manifest(paths_or_manifest, base, matrices))
+    manifest = make_manifest(paths_or_manifest, base, matrices)
+    with progress_bar(progress) as bar:
+        opened = _open(manifest, bar)
     return readings(opened.base, opened.members, opened.pairings)
 
 
@@ -240,11 +245,18 @@ class _Opened:
     notes: Sequence[str]
 
 
-def _open(manifest: Manifest) -> _Opened:
-    members = [member for run in manifest.runs for member in open_run(run)]
+def _open(manifest: Manifest, bar: Progress) -> _Opened:
+    task = bar.add_task("opening", total=None, note="")
+    members = open_runs(
+        manifest.runs,
+        on_found=lambda checkpoints: bar.update(task, total=checkpoints + 1),  # and the base
+        on_opened=lambda: bar.advance(task),
+    )
     location, place = _find_base(manifest, members)
     base = open_base(place)
+    bar.update(task, advance=1, note="pairing matrices")
     pairings, notes = pair(base, members, manifest.matrices)
+    bar.update(task, note="")
     return _Opened(shown(location), base, members, pairings, notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -587,6 +588,38 @@ def test_a_bad_day_of_the_bucket(
     counting.faults = [fault] * 3
     same(table(ft, base=f"s3://{name}/base"), table(ft, base=base))
     assert counting.faults == []
+
+
+def test_a_file_of_the_bucket_that_changes_while_it_is_read(
+    bucket: tuple[Counting, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    from wda import comparison
+
+    _, name = bucket
+    ft = save_model(tmp_path / "ft", moved(pico_weights(), 0.02, seed=1))
+    upload(base, name, "base")
+    place = locate(f"s3://{name}/base") / WEIGHTS
+    whole = place.read(0, 500)  # type: ignore[attr-defined]
+    assert whole == (base / WEIGHTS).read_bytes()[:500]
+    pair = comparison.pair
+
+    def overwrite(*opened: object) -> object:
+        paired = pair(*opened)  # type: ignore[arg-type]
+        upload(ft, name, "base")  # as many bytes, all of the same names
+        return paired
+
+    monkeypatch.setattr(comparison, "pair", overwrite)
+    why = rf"s3://{name}/base/{WEIGHTS}: changed while it was read; compare again"
+    with pytest.raises(LocationError, match=why):
+        table(ft, base=f"s3://{name}/base")
+    for known in (place, pickle.loads(pickle.dumps(place))):
+        with pytest.raises(LocationError, match=why):
+            known.read(8, 100)
+    boto3.client("s3").delete_object(Bucket=name, Key=f"base/{WEIGHTS}")
+    with pytest.raises(LocationError, match=r"safetensors: was deleted or written anew while it w"):
+        place.read(8, 100)  # type: ignore[attr-defined]
 
 
 def test_what_is_not_in_the_bucket(bucket: tuple[Counting, str], base: Path) -> None:

@@ -585,9 +585,14 @@ def test_a_bad_day_of_the_bucket(
     counting, name = bucket
     upload(base, name, "base")
     ft = save_model(tmp_path / "ft", moved(pico_weights(), 0.02, seed=1))
+    told = plan(ft, base=f"s3://{name}/base", progress=False)[0]
+    counting.served.clear()
     counting.faults = [fault] * 3
     same(table(ft, base=f"s3://{name}/base"), table(ft, base=base))
     assert counting.faults == []
+    # Of a part that broke off, what came is fetched once more, but of no other.
+    again = 3 * fetch.PART if fault == "truncate" else 0
+    assert 0 <= counting.served[WEIGHTS] - told.tensor_bytes - told.header_bytes <= again
 
 
 def test_a_file_of_the_bucket_that_changes_while_it_is_read(

@@ -733,6 +733,21 @@ def test_a_hub_name_that_does_not_exist(hub: type[Hub], base: Path) -> None:
 # --- The command --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    ["https://server/runs/manifest.yaml", "s3://bucket/manifest.yml", "pkg://wda/manifest.yaml"],
+)
+def test_a_manifest_must_lie_here(manifest: str) -> None:
+    given = signed(manifest) if manifest.startswith("https") else manifest
+    for more in ([], ["another"]):
+        done = CliRunner().invoke(app, ["compare", given, *more, "--dry-run"])
+        assert done.exit_code == 1
+        assert done.stderr == (
+            f"wda: {manifest}: a manifest is read from this machine only; download it and give "
+            "its path (what it names may lie elsewhere)\n"
+        )
+
+
 def test_a_dry_run_tells_the_bytes_and_reads_no_tensor(
     site: tuple[type[Files], str], runs: dict[str, Path], base: Path
 ) -> None:

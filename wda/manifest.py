@@ -124,7 +124,12 @@ def make_manifest(
     items = [what] if isinstance(what, str | Path) else list(what)
     if not items:
         raise ManifestError("nothing to compare; give run folders or one manifest.yaml")
-    files = [item for item in items if str(item).endswith((".yaml", ".yml"))]
+    files = [item for item in items if shown(item).endswith((".yaml", ".yml"))]
+    if files and is_location(str(files[0])):
+        raise ManifestError(
+            f"{shown(files[0])}: a manifest is read from this machine only; download it and give "
+            "its path (what it names may lie elsewhere)"
+        )
     if files and len(items) > 1:
         raise ManifestError(f"{files[0]}: give one manifest alone, or run folders; not both")
     if files:

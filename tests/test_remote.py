@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from conftest import (
 )
 from rich.progress import Progress
 from safetensors.torch import save_file
-from servers import STALL, Counting, Files, Hub, s3_server, serving
+from servers import STALL, Counting, FakeGoogle, Files, Hub, s3_server, serving
 from typer.testing import CliRunner
 
 import wda
@@ -660,6 +661,71 @@ def test_a_missing_extra(scheme: str, package: str, monkeypatch: pytest.MonkeyPa
         locate(f"{scheme}://b/run")
     with pytest.raises(LocationError, match=rf"expected {scheme}://BUCKET/PATH"):
         locate(f"{scheme}:///")
+
+
+# --- A bucket of Google's, as far as it goes without one ----------------------------------------
+
+
+@pytest.fixture
+def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeGoogle]:
+    facts = {"buckets": tmp_path / "buckets", "served": Counter()}
+    kind = type("OneFakeGoogle", (FakeGoogle,), facts)
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "gs", kind)
+    return kind
+
+
+def test_runs_in_a_bucket_of_googles(
+    google: type[FakeGoogle], runs: dict[str, Path], base: Path
+) -> None:
+    shutil.copytree(base, google.buckets / "b/models/base")
+    for method, folder in runs.items():
+        shutil.copytree(folder, google.buckets / "b/runs: 1" / method)  # no name for an address
+    far = [f"gs://b/runs: 1/{method}" for method in runs]
+    told = plan(far, base="gs://b/models/base", progress=False)
+    google.served.clear()
+    comparison = wda.compare(far, base="gs://b/models/base", cache=False, progress=False)
+    same(comparison.table, table(*runs.values(), base=base))
+    served = sum(n for name, n in google.served.items() if name.endswith(".safetensors"))
+    assert served == sum(r.tensor_bytes + r.header_bytes for r in told)
+    [file] = comparison.provenance["base"]["files"]  # type: ignore[index]
+    generation = google().ls(f"b/models/base/{WEIGHTS}")[0]["generation"]
+    assert file == {"file": WEIGHTS, "bytes": (base / WEIGHTS).stat().st_size, "mark": generation}
+    for missing in ("gs://b/models/other", "gs://other/model"):
+        with pytest.raises(LocationError, match=f"{missing}: no such file or folder"):
+            table(base, base=missing)
+
+
+def test_a_file_in_googles_bucket_that_changes_while_it_is_read(google: type[FakeGoogle]) -> None:
+    folder = save_model(google.buckets / "b/base", pico_weights())
+    place = locate("gs://b/base") / WEIGHTS
+    assert place.read(0, 500) == (folder / WEIGHTS).read_bytes()[:500]  # type: ignore[attr-defined]
+    save_model(folder, pico_weights(seed=1))
+    with pytest.raises(
+        LocationError, match=f"gs://b/base/{WEIGHTS}: was deleted or written anew while it was read"
+    ):
+        place.read(8, 100)  # type: ignore[attr-defined]
+
+
+class HttpError(Exception):
+    """As gcsfs raises for what it has no other kind of error for."""
+
+    code = 401
+
+
+class RefreshError(Exception):
+    """As google.auth raises when a login is over."""
+
+
+@pytest.mark.parametrize(
+    "refusal", [OSError("Forbidden: b/b/o\nno access"), HttpError("no, 401"), RefreshError()]
+)
+def test_a_bucket_of_googles_that_may_not_be_read(
+    google: type[FakeGoogle], refusal: Exception
+) -> None:
+    google.refusal = refusal
+    done = CliRunner().invoke(app, ["compare", "gs://b/run"])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "gs://b/run: no credentials, or none that may read it; run: gcloud auth" in done.stderr
 
 
 # --- The Hub ------------------------------------------------------------------------------------

@@ -16,7 +16,10 @@ _LOGIN = {
     "gs": "run: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS; "
     "for a public bucket set FSSPEC_GS_TOKEN=anon",
 }
-_NO_CREDENTIALS = ("CredentialsError", "TokenError", "RetrievalError", "ProfileNotFound")
+_NO_CREDENTIALS = (
+    *("CredentialsError", "TokenError", "RetrievalError", "ProfileNotFound"),
+    "RefreshError",  # of a login at Google that is over
+)
 
 
 class Bucket(Store):
@@ -102,7 +105,7 @@ class Bucket(Store):
         kind = type(error).__name__
         if kind == "FileExpired":
             return self._changed(key)
-        if isinstance(error, PermissionError) or kind.endswith(_NO_CREDENTIALS):
+        if _is_refusal(error):
             return LocationError(
                 f"{self.url(key)}: no credentials, or none that may read it; {_LOGIN[self._scheme]}"
             )
@@ -111,6 +114,16 @@ class Bucket(Store):
                 f"{self.url(key)}: was deleted or written anew while it was read; compare again"
             )
         return TemporaryError(f"{kind}: {error}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether a store wants other credentials; gcsfs has no kind of error for that."""
+    return (
+        isinstance(error, PermissionError)
+        or type(error).__name__.endswith(_NO_CREDENTIALS)
+        or str(error).startswith("Forbidden")
+        or getattr(error, "code", None) == 401
+    )
 
 
 def open_bucket(scheme: str, rest: str) -> Bucket:

@@ -239,7 +239,7 @@ def test_a_file_that_changes_while_it_is_read(site: tuple[type[Files], str]) -> 
     with pytest.raises(LocationError, match=r"model.safetensors: changed while it was read; comp"):
         place.read(8, 100)  # type: ignore[attr-defined]
     (handler.folder / "base" / WEIGHTS).unlink()
-    with pytest.raises(LocationError, match=r"HTTP 404 .*; it is not there any more"):
+    with pytest.raises(LocationError, match=r"HTTP 404 .*; it is not there any more; comp"):
         place.read(8, 100)  # type: ignore[attr-defined]
 
 
@@ -420,6 +420,34 @@ def test_a_token_goes_to_no_other_server(tmp_path: Path) -> None:
             assert (came, size, bytes(into)) == (10, 100, bytes(range(5, 15)))
         assert set(near.authorized) == {"Bearer x"}
         assert far.authorized == [None]
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [
+        (401, "HTTP 401 Unauthorized; it wants a login; write https://USER:PASSWORD@SERVER/PATH"),
+        (403, "HTTP 403 Forbidden; it may not be read; if the address was signed, sign it anew"),
+        (410, "HTTP 410 Gone; it is not there any more; compare again"),
+        (418, "HTTP 418 I'm a Teapot; check the location"),
+    ],
+)
+def test_a_server_that_refuses(
+    site: tuple[type[Files], str], base: Path, status: int, why: str
+) -> None:
+    handler, address = site
+    save_model(handler.folder / "base", pico_weights())
+    plain = handler.send_file
+
+    def refuse(server: Files, name: str, headers: dict[str, str], body: bool) -> None:
+        if name.endswith(WEIGHTS) and server.headers["Range"] != "bytes=0-7":
+            server.send(status, b"", {}, body)
+        else:
+            plain(server, name, headers, body)
+
+    handler.send_file = refuse
+    done = CliRunner().invoke(app, ["compare", str(base), "--base", f"{address}/base"])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert f"wda: {address}/base/{WEIGHTS}: {why}" in done.stderr
 
 
 def test_the_query_of_an_address_is_sent_but_never_shown(
@@ -794,6 +822,57 @@ def test_a_hub_name_that_does_not_exist(hub: type[Hub], base: Path) -> None:
     assert "check the name and revision, or log in with: hf auth login" in done.stderr
     with pytest.raises(LocationError, match="expected hf://ORG/NAME or hf://ORG/NAME@REVISION"):
         locate("hf://pico")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_hub_that_asks_for_a_login(hub: type[Hub], base: Path, status: int) -> None:
+    plain, login = hub.answer, "log in with: hf auth login"
+
+    def refuse(part: str) -> None:
+        def answer(server: Hub, body: bool) -> None:
+            if part in server.path:
+                server.send(status, b"", {"X-Error-Message": "Access is restricted."}, body)
+            else:
+                plain(server, body)
+
+        hub.answer = answer
+
+    for part, why in {
+        "/api/models/": rf"hf://org/pico: .*{status}.*; check the name and revision, or {login}",
+        "/resolve/": rf"hf://org/pico/{WEIGHTS}: HTTP {status} .*; {login}, and accept the repos",
+    }.items():
+        refuse(part)
+        done = CliRunner().invoke(app, ["compare", str(base), "--base", "hf://org/pico"])
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+        assert re.search(why, done.stderr), done.stderr
+
+
+def vanishing(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """Take a file away between its header and its tensors."""
+    from wda import comparison
+
+    pair = comparison.pair
+
+    def pair_and_delete(*opened: object) -> object:
+        paired = pair(*opened)  # type: ignore[arg-type]
+        file.unlink()
+        return paired
+
+    monkeypatch.setattr(comparison, "pair", pair_and_delete)
+
+
+@pytest.mark.parametrize("location", ["hf://org/pico", "{address}"])
+def test_a_file_that_vanishes(
+    hub: type[Hub], base: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(Files, hub.folder) as (_, address):
+        place = location.format(address=address)
+        vanishing(monkeypatch, hub.folder / WEIGHTS)
+        done = CliRunner().invoke(app, ["compare", str(base), "--base", place, "--no-cache"])
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"wda: {place}/{WEIGHTS}: HTTP 404 Not Found; it is not there any more; compare again\n"
+    )
 
 
 # --- The command --------------------------------------------------------------------------------

@@ -25,6 +25,11 @@ from wda.remote.place import Store
 
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # a bucket behind a web address says 403 of what is not there
+_LOGIN = {
+    401: "it wants a login; write https://USER:PASSWORD@SERVER/PATH, or download it and give its "
+    "path",
+    403: "it may not be read; if the address was signed, sign it anew",
+}
 _FILES = (".safetensors", ".bin", ".json", ".yaml", ".txt")
 _CHUNK = 1 << 20
 _HEAD = 8  # bytes that tell a file's size, and the length of a safetensors header
@@ -95,6 +100,21 @@ def read_range(
         raise
     except (OSError, http.client.HTTPException) as error:
         raise TemporaryError(error) from None
+
+
+def refusal(error: urllib.error.HTTPError, login: Mapping[int, str]) -> str:
+    """Say what a server answered instead of a file, and what to do.
+
+    Parameters
+    ----------
+    error : urllib.error.HTTPError
+        Its answer.
+    login : mapping
+        Status → what to do where the server wants to know who asks.
+    """
+    gone = dict.fromkeys((404, 410), "it is not there any more; compare again")
+    hint = {**gone, **login}.get(error.code, "check the location")
+    return f"HTTP {error.code} {error.reason}; {hint}"
 
 
 def _size_of(response: Any, start: int, shown: str) -> int:
@@ -184,7 +204,7 @@ class Site(Store):
         try:
             came, size, mark = self._range(key, start, into)
         except urllib.error.HTTPError as error:
-            raise LocationError(f"{self.url(key)}: {_refusal(error)}") from None
+            raise LocationError(f"{self.url(key)}: {refusal(error, _LOGIN)}") from None
         if known is not None and known[:2] != (size, mark):
             raise LocationError(f"{self.url(key)}: changed while it was read; compare again")
         return came
@@ -198,7 +218,7 @@ class Site(Store):
                 return None
             if error.code == 416:  # no byte is there to be had
                 return 0, None, b""
-            raise LocationError(f"{self.url(key)}: {_refusal(error)}") from None
+            raise LocationError(f"{self.url(key)}: {refusal(error, _LOGIN)}") from None
         if came < min(size, _HEAD):
             raise TemporaryError("the answer ended too early")
         return size, mark, bytes(head[:came])
@@ -206,16 +226,6 @@ class Site(Store):
     def _range(self, key: str, start: int, into: memoryview) -> tuple[int, int, str | None]:
         address = urlunsplit((self._scheme, self._host, quote(f"/{key}"), self._query, ""))
         return read_range(address, start, into, self.url(key), self._headers)
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    hint = {
-        401: "it wants a login; write https://USER:PASSWORD@SERVER/PATH, or download it and give "
-        "its path",
-        403: "it may not be read; if the address was signed, sign it anew",
-        404: "it is not there any more",
-    }
-    return f"HTTP {error.code} {error.reason}; {hint.get(error.code, 'check the address')}"
 
 
 def open_site(location: str) -> tuple[Site, str]:

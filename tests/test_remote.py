@@ -503,6 +503,8 @@ def test_secrets_of_an_address_are_sent_but_written_nowhere(
     [
         ("ftp://server/base", "ftp://server/base: ftp:// is not a kind of location"),
         ("http:///base", "http:///base: no server in it"),
+        ("http://[server/base", r"http://\[server/base: is no address \(Invalid IPv6 URL\); exp"),
+        ("http://server:x/base", r"http://server:x/base: is no address \(Port could not be cast"),
         (
             "http://127.0.0.1:9/base",
             "cannot be read, tried 4 times: .*refused",

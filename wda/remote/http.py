@@ -230,7 +230,13 @@ class Site(Store):
 
 def open_site(location: str) -> tuple[Site, str]:
     """Split an address into its server and the path there."""
-    parts = urlsplit(location)
+    try:
+        parts = urlsplit(location)
+        _ = parts.port  # is looked at only when it is asked for
+    except ValueError as error:
+        raise LocationError(
+            f"{shown(location)}: is no address ({error}); expected https://SERVER/PATH"
+        ) from None
     login, _, host = parts.netloc.rpartition("@")
     if not host:
         raise LocationError(f"{shown(location)}: no server in it; expected https://SERVER/PATH")

@@ -32,7 +32,7 @@ from wda import style
 from wda.checkpoints import open_base
 from wda.manifest import make_manifest
 from wda.pairing import pair
-from wda.runs import open_run
+from wda.runs import open_runs
 from wda.schedule import Work, measure
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def side_by_side(**ways: Callable[[], object]) -> dict[str, float]:
 
 def engine_alone(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
     """Give the measuring itself, of opened and paired checkpoints, for rates of bytes and flops."""
-    members = [m for run in make_manifest(checkpoints).runs for m in open_run(run)]
+    members = open_runs(make_manifest(checkpoints).runs)
     opened = open_base(base)
     pairings, _ = pair(opened, members, ["query", "value"])
     return lambda: measure(opened, pairings, "output", Work())
@@ -156,7 +156,7 @@ def growth(folder: Path) -> pd.DataFrame:
         ]
         cases.append(("rank, LoRA, 8 matrices, 4 checkpoints", rank, engine_alone(base, adapters)))
     for n in (2, 4, 8):
-        members = [m for run in make_manifest(full).runs for m in open_run(run)]
+        members = open_runs(make_manifest(full).runs)
         opened = open_base(base)
         pairings, _ = pair(opened, members, ["query", "value"])
         part = pairings[:n]

@@ -1,4 +1,7 @@
-"""Servers on the loopback interface: files in ranges, with faults on purpose; a Hub; S3."""
+"""Servers on the loopback interface: files in ranges, with faults on purpose; a Hub; S3.
+
+And what stands for gcsfs, of which there is no server here.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
 
 STALL = 5.0
 
@@ -196,3 +202,51 @@ def s3_server() -> Iterator[tuple[Counting, str]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+class FakeGoogle(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """As much of gcsfs as reading takes: the folders in a folder are buckets.
+
+    Entries, errors and the meaning of a name with a generation behind it are those of gcsfs.
+    """
+
+    protocol = ("gs", "gcs")
+    buckets: Path
+    served: Counter[str]
+    refusal: Exception | None = None
+
+    def __init__(self, version_aware: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.version_aware = version_aware
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """List a folder, or a file under its own name."""
+        if self.refusal is not None:
+            raise self.refusal
+        place = self.buckets / path
+        if not place.exists():
+            raise FileNotFoundError(f"b/{path}")
+        found = [self._entry(p) for p in (sorted(place.iterdir()) if place.is_dir() else [place])]
+        return found if detail else [entry["name"] for entry in found]
+
+    def cat_file(self, path: str, start: int, end: int, **_: Any) -> bytes:  # type: ignore[override]
+        """Read a range, of one generation where the name ends with it."""
+        bucket, _, key = path.partition("/")
+        parts, generation = urlsplit(key), ""
+        if self.version_aware and parts.fragment.isdigit():
+            key, generation = parts.path, parts.fragment
+        place = self.buckets / bucket / key
+        if not place.is_file() or (generation and generation != self._entry(place)["generation"]):
+            raise FileNotFoundError(f"download/b/{path}")
+        part = place.read_bytes()[start:end]
+        self.served[place.name] += len(part)
+        return part
+
+    def _entry(self, place: Path) -> dict[str, Any]:
+        entry = {"name": str(place.relative_to(self.buckets)), "size": 0, "type": "directory"}
+        if place.is_dir():
+            return entry | {"storageClass": "DIRECTORY"}
+        content = place.read_bytes()
+        generation = str(int(hashlib.sha256(content).hexdigest(), 16) % 10**16)
+        tags = {"etag": f"C{generation[:6]}=", "generation": generation, "metageneration": "1"}
+        return entry | tags | {"size": len(content), "type": "file"}

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
+import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import PICO_LAYERS, moved, pico_weights, save_model, save_pico_adapter
+from conftest import (
+    PICO_LAYERS,
+    moved,
+    pico_weights,
+    save_model,
+    save_pico_adapter,
+    wda_command,
+)
+from rich.progress import Progress
 from safetensors.torch import save_file
-from servers import STALL, Counting, Files, Hub, s3_server, serving
+from servers import STALL, Counting, FakeGoogle, Files, Hub, s3_server, serving
 from typer.testing import CliRunner
 
 import wda
 from wda.cli import app
 from wda.comparison import plan
-from wda.errors import CheckpointError, LocationError, MissingExtraError, SelectionError
+from wda.errors import (
+    CheckpointError,
+    LocationError,
+    ManifestError,
+    MissingExtraError,
+    SelectionError,
+)
 from wda.locations import locate
 from wda.remote import fetch
 
@@ -221,7 +239,7 @@ def test_a_file_that_changes_while_it_is_read(site: tuple[type[Files], str]) -> 
     with pytest.raises(LocationError, match=r"model.safetensors: changed while it was read; comp"):
         place.read(8, 100)  # type: ignore[attr-defined]
     (handler.folder / "base" / WEIGHTS).unlink()
-    with pytest.raises(LocationError, match=r"HTTP 404 .*; it is not there any more"):
+    with pytest.raises(LocationError, match=r"HTTP 404 .*; it is not there any more; comp"):
         place.read(8, 100)  # type: ignore[attr-defined]
 
 
@@ -238,6 +256,67 @@ def test_a_folder_cannot_be_listed_over_http(
     far = wda.compare(manifest, progress=False).table
     same(far, table(handler.folder / "ft", base=base))
     assert list(far["run"].unique()) == ["ft"]
+
+
+def test_runs_are_looked_for_and_opened_side_by_side(
+    site: tuple[type[Files], str], tmp_path: Path
+) -> None:
+    import threading
+
+    handler, address = site
+    for name in ("base", "one", "two", "three"):
+        save_model(handler.folder / name, moved(pico_weights(), 0.1, seed=len(name)))
+    meetings = {name: threading.Barrier(3) for name in ("recipe.yaml", "adapter_config.json")}
+    plain = handler.answer
+
+    def meet(server: Files, body: bool) -> None:
+        folder, _, name = server.path.lstrip("/").partition("/")
+        if folder != "base" and name in meetings:
+            meetings[name].wait(timeout=5)
+        plain(server, body)
+
+    handler.answer = meet
+    assert len(plan([f"{address}/{n}" for n in ("one", "two", "three")], f"{address}/base")) == 4
+
+
+def test_opening_shows_how_far_it_is(
+    site: tuple[type[Files], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from wda.progress import progress_bar
+
+    handler, address = site
+    save_model(handler.folder / "base", pico_weights())
+    for step in (1, 2, 3):
+        save_model(handler.folder / f"ft/checkpoint-{step}", moved(pico_weights(), 0.1, seed=step))
+    manifest = tmp_path / "manifest.yaml"
+    runs = f"[{{path: '{address}/ft', steps: [1, 2, 3]}}, {{path: '{address}/base', name: same}}]"
+    manifest.write_text(f"base: '{address}/base/{WEIGHTS}'\nruns: {runs}\n")
+    bars, seen = [], []
+
+    @contextmanager
+    def watched(show: bool) -> Iterator[Progress]:
+        with progress_bar(show) as bar:
+            bars.append(bar)
+            yield bar
+
+    def answer(server: Files, body: bool) -> None:
+        task = bars[-1].tasks[0]
+        seen.append((task.description, task.completed, task.total))
+        plain(server, body)
+
+    plain, handler.answer = handler.answer, answer
+    monkeypatch.setattr("wda.comparison.progress_bar", watched)
+    plan(manifest, progress=False)
+    assert seen[0] == ("opening", 0, None)  # while the checkpoints are looked for
+    assert seen[-1] == ("opening", 4, 5)  # the base comes last
+    assert capsys.readouterr().err == ""
+    plan(manifest, progress=True)
+    assert re.search(r"opening .* 5/5 +100%", capsys.readouterr().err)
+    wda.compare(manifest, cache=False, progress=True)
+    assert re.search(r"opening .* 5/5 +100%(?s:.*)comparing .* 6/6", capsys.readouterr().err)
 
 
 def test_an_adapter_and_its_settings_come_from_afar(
@@ -343,6 +422,34 @@ def test_a_token_goes_to_no_other_server(tmp_path: Path) -> None:
         assert far.authorized == [None]
 
 
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [
+        (401, "HTTP 401 Unauthorized; it wants a login; write https://USER:PASSWORD@SERVER/PATH"),
+        (403, "HTTP 403 Forbidden; it may not be read; if the address was signed, sign it anew"),
+        (410, "HTTP 410 Gone; it is not there any more; compare again"),
+        (418, "HTTP 418 I'm a Teapot; check the location"),
+    ],
+)
+def test_a_server_that_refuses(
+    site: tuple[type[Files], str], base: Path, status: int, why: str
+) -> None:
+    handler, address = site
+    save_model(handler.folder / "base", pico_weights())
+    plain = handler.send_file
+
+    def refuse(server: Files, name: str, headers: dict[str, str], body: bool) -> None:
+        if name.endswith(WEIGHTS) and server.headers["Range"] != "bytes=0-7":
+            server.send(status, b"", {}, body)
+        else:
+            plain(server, name, headers, body)
+
+    handler.send_file = refuse
+    done = CliRunner().invoke(app, ["compare", str(base), "--base", f"{address}/base"])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert f"wda: {address}/base/{WEIGHTS}: {why}" in done.stderr
+
+
 def test_the_query_of_an_address_is_sent_but_never_shown(
     site: tuple[type[Files], str], base: Path
 ) -> None:
@@ -360,6 +467,84 @@ def test_the_query_of_an_address_is_sent_but_never_shown(
     assert all(path.endswith("?key=secret") for path in asked)
     assert "secret" not in comparison.table.to_csv()
     assert "secret" not in json.dumps(comparison.provenance["checkpoints"])
+
+
+def signed(address: str) -> str:
+    """Put a login and a signature into an address, with a character no request may hold."""
+    return f"{address.replace('://', '://me:hidden%21@')}?signature=hidden ü#hidden"
+
+
+def test_secrets_of_an_address_are_sent_but_written_nowhere(
+    site: tuple[type[Files], str], tmp_path: Path
+) -> None:
+    handler, address = site
+    save_model(handler.folder / "base", pico_weights())
+    save_model(handler.folder / "ft", moved(pico_weights(), 0.1, seed=1))
+    what = ["compare", signed(f"{address}/ft"), f"--base={signed(f'{address}/base')}", "--no-cache"]
+    out = tmp_path / "out"
+    done = wda_command(*what, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = wda_command(*what, "--dry-run", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert set(handler.authorized) == {"Basic bWU6aGlkZGVuIQ=="}  # me:hidden!
+    texts = [file.read_bytes() for file in out.iterdir()]
+    shown = "".join([done.stdout, done.stderr, told.stdout, told.stderr])
+    assert len(texts) == 6
+    assert not any(b"hidden" in text for text in [*texts, shown.encode()])
+    facts = json.loads((out / "provenance.json").read_text())
+    assert facts["base"]["location"] == f"{address}/base"
+    assert facts["command"] == (
+        f"wda compare {address}/ft --base={address}/base --no-cache --out {out}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        ("ftp://server/base", "ftp://server/base: ftp:// is not a kind of location"),
+        ("http:///base", "http:///base: no server in it"),
+        ("http://[server/base", r"http://\[server/base: is no address \(Invalid IPv6 URL\); exp"),
+        ("http://server:x/base", r"http://server:x/base: is no address \(Port could not be cast"),
+        (
+            "http://127.0.0.1:9/base",
+            "cannot be read, tried 4 times: .*refused",
+        ),
+    ],
+)
+def test_secrets_are_in_no_error(base: str, why: str, runs: dict[str, Path]) -> None:
+    done = CliRunner().invoke(app, ["compare", str(runs["ft"]), "--base", signed(base)])
+    assert done.exit_code == 1
+    assert re.search(why, done.stderr), done.stderr
+    assert "hidden" not in done.stderr
+
+
+def test_secrets_in_a_manifest_are_in_no_error(tmp_path: Path) -> None:
+    far = signed("https://server/ft").partition("#")[0]
+    manifest = tmp_path / "manifest.yaml"
+    for text, why in {
+        f"runs: '{far}'": "got 'https://server/ft",
+        f"runs: [{{path: '{far}'}}, {{path: '{far}'}}]": "several runs are called ft",
+        f"runs: {{path: '{far}', [": "is not YAML: line 1: ",
+    }.items():
+        manifest.write_text(text)
+        with pytest.raises(ManifestError, match=why) as caught:
+            plan(manifest)
+        assert "hidden" not in str(caught.value)
+    with pytest.raises(ManifestError, match=r"called ft \(https://server/ft, https://other/ft\)"):
+        plan([far, signed("https://other/ft")])
+
+
+def test_secrets_of_the_base_that_adapters_name(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        far = signed(f"ftp://server/{name}")
+        save_pico_adapter(tmp_path / name, base_model_name_or_path=far)
+    with pytest.raises(LocationError, match="name ftp://server/one as their base") as caught:
+        plan(tmp_path / "one")
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(
+        ManifestError, match=r"several bases \(ftp://server/one, ftp://server/two\)"
+    ):
+        plan([tmp_path / "one", tmp_path / "two"])
 
 
 # --- A bucket -----------------------------------------------------------------------------------
@@ -431,9 +616,46 @@ def test_a_bad_day_of_the_bucket(
     counting, name = bucket
     upload(base, name, "base")
     ft = save_model(tmp_path / "ft", moved(pico_weights(), 0.02, seed=1))
+    told = plan(ft, base=f"s3://{name}/base", progress=False)[0]
+    counting.served.clear()
     counting.faults = [fault] * 3
     same(table(ft, base=f"s3://{name}/base"), table(ft, base=base))
     assert counting.faults == []
+    # Of a part that broke off, what came is fetched once more, but of no other.
+    again = 3 * fetch.PART if fault == "truncate" else 0
+    assert 0 <= counting.served[WEIGHTS] - told.tensor_bytes - told.header_bytes <= again
+
+
+def test_a_file_of_the_bucket_that_changes_while_it_is_read(
+    bucket: tuple[Counting, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    from wda import comparison
+
+    _, name = bucket
+    ft = save_model(tmp_path / "ft", moved(pico_weights(), 0.02, seed=1))
+    upload(base, name, "base")
+    place = locate(f"s3://{name}/base") / WEIGHTS
+    whole = place.read(0, 500)  # type: ignore[attr-defined]
+    assert whole == (base / WEIGHTS).read_bytes()[:500]
+    pair = comparison.pair
+
+    def overwrite(*opened: object) -> object:
+        paired = pair(*opened)  # type: ignore[arg-type]
+        upload(ft, name, "base")  # as many bytes, all of the same names
+        return paired
+
+    monkeypatch.setattr(comparison, "pair", overwrite)
+    why = rf"s3://{name}/base/{WEIGHTS}: changed while it was read; compare again"
+    with pytest.raises(LocationError, match=why):
+        table(ft, base=f"s3://{name}/base")
+    for known in (place, pickle.loads(pickle.dumps(place))):
+        with pytest.raises(LocationError, match=why):
+            known.read(8, 100)
+    boto3.client("s3").delete_object(Bucket=name, Key=f"base/{WEIGHTS}")
+    with pytest.raises(LocationError, match=r"safetensors: was deleted or written anew while it w"):
+        place.read(8, 100)  # type: ignore[attr-defined]
 
 
 def test_what_is_not_in_the_bucket(bucket: tuple[Counting, str], base: Path) -> None:
@@ -469,6 +691,71 @@ def test_a_missing_extra(scheme: str, package: str, monkeypatch: pytest.MonkeyPa
         locate(f"{scheme}://b/run")
     with pytest.raises(LocationError, match=rf"expected {scheme}://BUCKET/PATH"):
         locate(f"{scheme}:///")
+
+
+# --- A bucket of Google's, as far as it goes without one ----------------------------------------
+
+
+@pytest.fixture
+def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeGoogle]:
+    facts = {"buckets": tmp_path / "buckets", "served": Counter()}
+    kind = type("OneFakeGoogle", (FakeGoogle,), facts)
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "gs", kind)
+    return kind
+
+
+def test_runs_in_a_bucket_of_googles(
+    google: type[FakeGoogle], runs: dict[str, Path], base: Path
+) -> None:
+    shutil.copytree(base, google.buckets / "b/models/base")
+    for method, folder in runs.items():
+        shutil.copytree(folder, google.buckets / "b/runs: 1" / method)  # no name for an address
+    far = [f"gs://b/runs: 1/{method}" for method in runs]
+    told = plan(far, base="gs://b/models/base", progress=False)
+    google.served.clear()
+    comparison = wda.compare(far, base="gs://b/models/base", cache=False, progress=False)
+    same(comparison.table, table(*runs.values(), base=base))
+    served = sum(n for name, n in google.served.items() if name.endswith(".safetensors"))
+    assert served == sum(r.tensor_bytes + r.header_bytes for r in told)
+    [file] = comparison.provenance["base"]["files"]  # type: ignore[index]
+    generation = google().ls(f"b/models/base/{WEIGHTS}")[0]["generation"]
+    assert file == {"file": WEIGHTS, "bytes": (base / WEIGHTS).stat().st_size, "mark": generation}
+    for missing in ("gs://b/models/other", "gs://other/model"):
+        with pytest.raises(LocationError, match=f"{missing}: no such file or folder"):
+            table(base, base=missing)
+
+
+def test_a_file_in_googles_bucket_that_changes_while_it_is_read(google: type[FakeGoogle]) -> None:
+    folder = save_model(google.buckets / "b/base", pico_weights())
+    place = locate("gs://b/base") / WEIGHTS
+    assert place.read(0, 500) == (folder / WEIGHTS).read_bytes()[:500]  # type: ignore[attr-defined]
+    save_model(folder, pico_weights(seed=1))
+    with pytest.raises(
+        LocationError, match=f"gs://b/base/{WEIGHTS}: was deleted or written anew while it was read"
+    ):
+        place.read(8, 100)  # type: ignore[attr-defined]
+
+
+class HttpError(Exception):
+    """As gcsfs raises for what it has no other kind of error for."""
+
+    code = 401
+
+
+class RefreshError(Exception):
+    """As google.auth raises when a login is over."""
+
+
+@pytest.mark.parametrize(
+    "refusal", [OSError("Forbidden: b/b/o\nno access"), HttpError("no, 401"), RefreshError()]
+)
+def test_a_bucket_of_googles_that_may_not_be_read(
+    google: type[FakeGoogle], refusal: Exception
+) -> None:
+    google.refusal = refusal
+    done = CliRunner().invoke(app, ["compare", "gs://b/run"])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "gs://b/run: no credentials, or none that may read it; run: gcloud auth" in done.stderr
 
 
 # --- The Hub ------------------------------------------------------------------------------------
@@ -539,7 +826,73 @@ def test_a_hub_name_that_does_not_exist(hub: type[Hub], base: Path) -> None:
         locate("hf://pico")
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_hub_that_asks_for_a_login(hub: type[Hub], base: Path, status: int) -> None:
+    plain, login = hub.answer, "log in with: hf auth login"
+
+    def refuse(part: str) -> None:
+        def answer(server: Hub, body: bool) -> None:
+            if part in server.path:
+                server.send(status, b"", {"X-Error-Message": "Access is restricted."}, body)
+            else:
+                plain(server, body)
+
+        hub.answer = answer
+
+    for part, why in {
+        "/api/models/": rf"hf://org/pico: .*{status}.*; check the name and revision, or {login}",
+        "/resolve/": rf"hf://org/pico/{WEIGHTS}: HTTP {status} .*; {login}, and accept the repos",
+    }.items():
+        refuse(part)
+        done = CliRunner().invoke(app, ["compare", str(base), "--base", "hf://org/pico"])
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+        assert re.search(why, done.stderr), done.stderr
+
+
+def vanishing(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """Take a file away between its header and its tensors."""
+    from wda import comparison
+
+    pair = comparison.pair
+
+    def pair_and_delete(*opened: object) -> object:
+        paired = pair(*opened)  # type: ignore[arg-type]
+        file.unlink()
+        return paired
+
+    monkeypatch.setattr(comparison, "pair", pair_and_delete)
+
+
+@pytest.mark.parametrize("location", ["hf://org/pico", "{address}"])
+def test_a_file_that_vanishes(
+    hub: type[Hub], base: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(Files, hub.folder) as (_, address):
+        place = location.format(address=address)
+        vanishing(monkeypatch, hub.folder / WEIGHTS)
+        done = CliRunner().invoke(app, ["compare", str(base), "--base", place, "--no-cache"])
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"wda: {place}/{WEIGHTS}: HTTP 404 Not Found; it is not there any more; compare again\n"
+    )
+
+
 # --- The command --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["https://server/runs/manifest.yaml", "s3://bucket/manifest.yml", "pkg://wda/manifest.yaml"],
+)
+def test_a_manifest_must_lie_here(manifest: str) -> None:
+    given = signed(manifest) if manifest.startswith("https") else manifest
+    for more in ([], ["another"]):
+        done = CliRunner().invoke(app, ["compare", given, *more, "--dry-run"])
+        assert done.exit_code == 1
+        assert done.stderr == (
+            f"wda: {manifest}: a manifest is read from this machine only; download it and give "
+            "its path (what it names may lie elsewhere)\n"
+        )
 
 
 def test_a_dry_run_tells_the_bytes_and_reads_no_tensor(

@@ -184,7 +184,7 @@ def compare(
     if dry_run:
         from wda.comparison import plan
 
-        _show_plan(plan(what, base, matrices), as_json)
+        _show_plan(plan(what, base, matrices, progress=sys.stderr.isatty()), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+from rich.progress import Progress
 
 from wda.cache import open_cache
 from wda.checkpoints import FullCheckpoint, open_base
@@ -20,11 +21,11 @@ from wda.files import describe, staged_folder
 from wda.locations import locate, of_model_reference
 from wda.manifest import Manifest, make_manifest
 from wda.pairing import Pairing, pair
-from wda.places import Place
+from wda.places import Place, shown
 from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
-from wda.runs import Member, open_run
+from wda.runs import Member, open_runs
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.statistics import compute_statistics
 from wda.table import make_table, read_table, table_file, write_table
@@ -124,27 +125,24 @@ def compare(
     """
     computing = usable_device(device)
     manifest = make_manifest(paths_or_manifest, base, matrices, per)
-    opened = _open(manifest)
-    members = opened.members
-    with (
-        open_cache(cache, opened.base, manifest.per, computing) as kept,
-        progress_bar(progress) as bar,
-    ):
-        task = bar.add_task("comparing", total=None, note="")
-        known, left = kept.split(opened.pairings, manifest.per)
-        new = measure(
-            opened.base,
-            left,
-            manifest.per,
-            Work(executor, max_memory, computing),
-            on_part=lambda done, total, matrix: bar.update(
-                task, completed=done, total=total, note=str(matrix)
-            ),
-            on_matrix=kept.keep,
-        )
+    with progress_bar(progress) as bar:
+        opened = _open(manifest, bar)
+        with open_cache(cache, opened.base, manifest.per, computing) as kept:
+            task = bar.add_task("comparing", total=None, note="")
+            known, left = kept.split(opened.pairings, manifest.per)
+            new = measure(
+                opened.base,
+                left,
+                manifest.per,
+                Work(executor, max_memory, computing),
+                on_part=lambda done, total, matrix: bar.update(
+                    task, completed=done, total=total, note=str(matrix)
+                ),
+                on_matrix=kept.keep,
+            )
     measurements = _in_order([*known, *new], opened)
     table = make_table(_row(measurement) for measurement in measurements)
-    facts = _facts(manifest, members)
+    facts = _facts(manifest, opened.members)
     facts |= {"device": computing, "rows_computed_before": len(known)}
     facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
     notes = [*opened.notes, *_undirected_note(table), *_cache_note(len(known), kept.trouble)]
@@ -190,6 +188,7 @@ def plan(
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
+    progress: bool = True,
 ) -> list[Reading]:
     """Tell how many bytes :func:`compare` would read, from headers alone; no tensor is read.
 
@@ -201,6 +200,8 @@ def plan(
         The pre-trained model; by default the manifest's, else what the adapters name.
     matrices : str or sequence of str, optional
         As for :func:`compare`; by default the manifest's, else query and value.
+    progress : bool
+        Whether to show a progress bar on standard error.
 
     Returns
     -------
@@ -212,7 +213,9 @@ def plan(
     WdaError
         As :func:`compare` does before it reads.
     """
-    opened = _open(make_manifest(paths_or_manifest, base, matrices))
+    manifest = make_manifest(paths_or_manifest, base, matrices)
+    with progress_bar(progress) as bar:
+        opened = _open(manifest, bar)
     return readings(opened.base, opened.members, opened.pairings)
 
 
@@ -250,12 +253,19 @@ class _Opened:
     notes: Sequence[str]
 
 
-def _open(manifest: Manifest) -> _Opened:
-    members = [member for run in manifest.runs for member in open_run(run)]
+def _open(manifest: Manifest, bar: Progress) -> _Opened:
+    task = bar.add_task("opening", total=None, note="")
+    members = open_runs(
+        manifest.runs,
+        on_found=lambda checkpoints: bar.update(task, total=checkpoints + 1),  # and the base
+        on_opened=lambda: bar.advance(task),
+    )
     location, place = _find_base(manifest, members)
     base = open_base(place)
+    bar.update(task, advance=1, note="pairing matrices")
     pairings, notes = pair(base, members, manifest.matrices)
-    return _Opened(location, base, members, pairings, notes)
+    bar.update(task, note="")
+    return _Opened(shown(location), base, members, pairings, notes)
 
 
 def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Place]:
@@ -265,8 +275,8 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Plac
     named = sorted({member.checkpoint.base for member in members if member.checkpoint.base})
     if len(named) > 1:
         raise ManifestError(
-            f"base: the adapters name several bases ({listing(named)}); compare runs of one base "
-            "at a time, or give the right one with --base"
+            f"base: the adapters name several bases ({listing(map(shown, named))}); compare runs "
+            "of one base at a time, or give the right one with --base"
         )
     if not named:
         raise LocationError(
@@ -278,8 +288,8 @@ def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Plac
         return location, locate(location)
     except LocationError as error:
         raise LocationError(
-            f"base: the adapters name {named[0]} as their base, which is not to be had ({error}); "
-            "give it with --base LOCATION"
+            f"base: the adapters name {shown(named[0])} as their base, which is not to be had "
+            f"({error}); give it with --base LOCATION"
         ) from None
 
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from wda.errors import LocationError
-from wda.places import Place
+from wda.places import Place, shown
 from wda.remote import SCHEMES, open_remote
 
 _SCHEME = re.compile(r"^([a-z0-9+]+)://(.*)$", re.IGNORECASE)
@@ -85,10 +85,10 @@ def resolve(location: str | Path) -> Path:
         return _on_hub(rest)
     if scheme in SCHEMES:
         raise LocationError(
-            f"{location}: is needed whole on this machine; download it and give its path"
+            f"{shown(location)}: is needed whole on this machine; download it and give its path"
         )
     raise LocationError(
-        f"{location}: {scheme}:// is not a kind of location that can be read; give {KINDS}"
+        f"{shown(location)}: {scheme}:// is not a kind of location that can be read; give {KINDS}"
     )
 
 
@@ -121,7 +121,7 @@ def _existing(path: Path) -> Path:
     if path.exists():
         return path
     hint = f"; for a Hub repository write hf://{path}" if _HUB_ID.match(str(path)) else ""
-    raise LocationError(f"{path}: no such file or folder; give {KINDS}{hint}")
+    raise LocationError(f"{shown(path)}: no such file or folder; give {KINDS}{hint}")
 
 
 def _in_package(rest: str) -> Path:

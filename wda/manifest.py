@@ -26,6 +26,7 @@ from wda.decomposition import Per
 from wda.errors import ManifestError, listing
 from wda.locations import beside, is_location
 from wda.naming import DEFAULT_LABELS
+from wda.places import shown
 from wda.validation import load_yaml
 
 
@@ -58,9 +59,9 @@ class Run(BaseModel):
 
 
 def _last_part(location: str) -> str:
-    """Name a run after its folder; what follows an address may be a secret."""
+    """Name a run after its folder."""
     if is_location(location):
-        return location.partition("?")[0].rstrip("/").rpartition("/")[2]
+        return shown(location).rstrip("/").rpartition("/")[2]
     return Path(location).resolve().name or location
 
 
@@ -123,7 +124,12 @@ def make_manifest(
     items = [what] if isinstance(what, str | Path) else list(what)
     if not items:
         raise ManifestError("nothing to compare; give run folders or one manifest.yaml")
-    files = [item for item in items if str(item).endswith((".yaml", ".yml"))]
+    files = [item for item in items if shown(item).endswith((".yaml", ".yml"))]
+    if files and is_location(str(files[0])):
+        raise ManifestError(
+            f"{shown(files[0])}: a manifest is read from this machine only; download it and give "
+            "its path (what it names may lie elsewhere)"
+        )
     if files and len(items) > 1:
         raise ManifestError(f"{files[0]}: give one manifest alone, or run folders; not both")
     if files:
@@ -132,7 +138,7 @@ def make_manifest(
         runs = [Run(path=str(item)) for item in items]
         twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
         if twice:
-            paths = listing(run.path for run in runs if run.name in twice)
+            paths = listing(shown(run.path) for run in runs if run.name in twice)
             raise ManifestError(
                 f"several run folders are called {listing(twice)} ({paths}); name the runs in a "
                 "manifest, see wda compare --help"

@@ -6,8 +6,28 @@ Readers of checkpoints ask no more of a place than this, so a path is one as it 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Protocol
+
+# Scheme, credentials, server and path, query and fragment; not where "@" and "?" may be of a name.
+_ADDRESS = re.compile(
+    r"\b(?!(?:hf|s3|gs|pkg):)([a-z][a-z0-9+.-]+:/+)([^/?#]*@)?([^?#]*)([?#].*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def shown(location: object) -> str:
+    """Give a location, or a word of a command, without what may be a secret in it.
+
+    Examples
+    --------
+    >>> shown("--base=https://me:password@server/model?signature=secret")
+    '--base=https://server/model'
+    >>> shown("hf://org/name@main")
+    'hf://org/name@main'
+    """
+    return _ADDRESS.sub(r"\1\3", str(location))
 
 
 class Place(Protocol):

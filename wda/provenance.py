@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from wda._version import __version__
+from wda.places import shown
 
 _LIBRARIES = ("torch", "numpy", "pandas", "scipy", "safetensors", "transformers", "peft")
 
@@ -29,7 +30,7 @@ def provenance(**facts: object) -> dict[str, object]:
         Ready for JSON.
     """
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(shown, sys.argv[1:])]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wda": __version__,
         "commit": _commit(),

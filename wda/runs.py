@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -40,25 +41,64 @@ class Member:
     checkpoint: Checkpoint
 
 
-def open_run(run: Run) -> list[Member]:
-    """Open the checkpoints of a run, in order of their steps.
+@dataclass(frozen=True)
+class _Found:
+    """One checkpoint of a run, not yet opened."""
+
+    run: Run
+    seed: int | None
+    folder: Place
+
+
+def open_runs(
+    runs: Sequence[Run],
+    on_found: Callable[[int], None] = lambda _total: None,
+    on_opened: Callable[[], None] = lambda: None,
+) -> list[Member]:
+    """Open the checkpoints of runs, those of each run in the order of their steps.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        What to open; what lies elsewhere is asked for side by side.
+    on_found : callable, optional
+        Called once, with how many checkpoints there are.
+    on_opened : callable, optional
+        Called after each, also from other threads.
+
+    Returns
+    -------
+    list of Member
+        One per checkpoint, in the order of the runs.
 
     Raises
     ------
     LocationError
-        When the folder does not exist.
+        When a folder does not exist.
     CheckpointError
         When a checkpoint cannot be read, or steps the manifest names are not there.
     """
+    found = [one for run in at_once(_find, runs) for one in run]
+    on_found(len(found))
+
+    def open_one(one: _Found) -> Member:
+        checkpoint = open_checkpoint(one.folder)
+        on_opened()
+        method = one.run.method or checkpoint.method
+        return Member(one.run.name, method, one.seed, checkpoint.step, checkpoint)
+
+    far = any(isinstance(one.folder, RemotePlace) for one in found)
+    return at_once(open_one, found) if far else list(map(open_one, found))
+
+
+def _find(run: Run) -> list[_Found]:
+    """Find the checkpoints of a run."""
     try:
         folder = locate(run.path)
     except LocationError as error:
         raise LocationError(f"run {run.name!r}: {error}") from None
     seed = run.seed if run.seed is not None else _recorded_seed(folder)
-    folders = step_folders(folder, run)
-    far = isinstance(folder, RemotePlace)
-    opened = at_once(open_checkpoint, folders) if far else list(map(open_checkpoint, folders))
-    return [Member(run.name, run.method or c.method, seed, c.step, c) for c in opened]
+    return [_Found(run, seed, step) for step in step_folders(folder, run)]
 
 
 def step_folders(folder: Place, run: Run) -> list[Place]:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from wda.errors import WdaError
+from wda.places import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -37,7 +38,7 @@ def load_yaml(path: Path, model: type[Model], error: type[WdaError]) -> Model:
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path}: cannot be read: {problem}") from None
     except yaml.YAMLError as problem:
-        raise error(f"{path}: is not YAML: {' '.join(str(problem).split())}") from None
+        raise error(f"{path}: is not YAML: {_why(problem)}") from None
     if not isinstance(content, dict):
         raise error(f"{path}: expected fields ({', '.join(model.model_fields)}), found none")
     try:
@@ -45,6 +46,13 @@ def load_yaml(path: Path, model: type[Model], error: type[WdaError]) -> Model:
     except ValidationError as problems:
         texts = [_sentence(node, dict(problem), model) for problem in problems.errors()]
         raise error(f"{path}: {len(texts)} wrong: " + "; ".join(texts)) from None
+
+
+def _why(problem: yaml.YAMLError) -> str:
+    """Say what is no YAML and where, but not what stands there: it may be a secret."""
+    if isinstance(problem, yaml.MarkedYAMLError) and problem.problem_mark is not None:
+        return f"line {problem.problem_mark.line + 1}: {problem.problem}"
+    return " ".join(str(problem).split())
 
 
 def _sentence(node: yaml.Node | None, problem: dict[str, Any], model: type[BaseModel]) -> str:
@@ -56,7 +64,7 @@ def _sentence(node: yaml.Node | None, problem: dict[str, Any], model: type[BaseM
             f"; fields are {', '.join(model.model_fields)}" if len(where) == 1 else ""
         )
     elif problem["type"] != "missing":
-        text += f", got {problem['input']!r}"
+        text += f", got {shown(repr(problem['input']))}"
     return f"line {_line(node, where)}: {field}: {text}"
 
 

@@ -172,7 +172,7 @@ class Tensors(Mapping[str, Entry]):
         """
         for place in dict.fromkeys(self._where[name] for name in names):
             if isinstance(place, RemotePlace):
-                continue
+                continue  # what is read of it is of the file that was opened, or is refused
             try:
                 changed = state_of(place) != self._opened[place].state
             except FileNotFoundError:

@@ -6,6 +6,7 @@ off and refusing a server that ignores ranges, the ready-made file systems do no
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import re
@@ -18,14 +19,21 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from wda.errors import LocationError
+from wda.places import shown
 from wda.remote.fetch import PATIENCE, TemporaryError, persist
 from wda.remote.place import Store
 
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # a bucket behind a web address says 403 of what is not there
+_LOGIN = {
+    401: "it wants a login; write https://USER:PASSWORD@SERVER/PATH, or download it and give its "
+    "path",
+    403: "it may not be read; if the address was signed, sign it anew",
+}
 _FILES = (".safetensors", ".bin", ".json", ".yaml", ".txt")
 _CHUNK = 1 << 20
 _HEAD = 8  # bytes that tell a file's size, and the length of a safetensors header
+_IN_QUERY = "%/?:@!$&'()*+,;="  # what a query may hold beside letters, digits and "_.-~"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -94,6 +102,21 @@ def read_range(
         raise TemporaryError(error) from None
 
 
+def refusal(error: urllib.error.HTTPError, login: Mapping[int, str]) -> str:
+    """Say what a server answered instead of a file, and what to do.
+
+    Parameters
+    ----------
+    error : urllib.error.HTTPError
+        Its answer.
+    login : mapping
+        Status → what to do where the server wants to know who asks.
+    """
+    gone = dict.fromkeys((404, 410), "it is not there any more; compare again")
+    hint = {**gone, **login}.get(error.code, "check the location")
+    return f"HTTP {error.code} {error.reason}; {hint}"
+
+
 def _size_of(response: Any, start: int, shown: str) -> int:
     """Give the whole file's size from an answer, which must be the range that was asked for."""
     if response.status != 206:
@@ -133,16 +156,26 @@ def _retry_after(error: urllib.error.HTTPError) -> float | None:
 
 
 class Site(Store):
-    """A web server; a key is the path of an address."""
+    """A web server; a key is the path of an address.
 
-    def __init__(self, scheme: str, host: str, query: str) -> None:
-        self._scheme, self._host, self._query = scheme, host, query
+    Parameters
+    ----------
+    scheme, host : str
+        Where it is.
+    query : str
+        Goes behind every path; it may be a signature.
+    headers : mapping
+        Sent along to this server alone; they may hold a login.
+    """
+
+    def __init__(self, scheme: str, host: str, query: str, headers: Mapping[str, str]) -> None:
+        self._scheme, self._host, self._query, self._headers = scheme, host, query, dict(headers)
         # Key → size, mark and first bytes; None where there is no such file.
         self._known: dict[str, tuple[int, str | None, bytes] | None] = {}
 
     def url(self, key: str) -> str:
-        """Give the address without its query, which may hold a signature."""
-        return f"{self._scheme}://{self._host.rpartition('@')[2]}/{key}"
+        """Give the address without its query."""
+        return f"{self._scheme}://{self._host}/{key}"
 
     def children(self, key: str) -> None:  # noqa: ARG002
         """Tell that no one can tell."""
@@ -169,9 +202,9 @@ class Site(Store):
             into[:] = known[2][: len(into)]
             return len(into)
         try:
-            came, size, mark = read_range(self._address(key), start, into, self.url(key))
+            came, size, mark = self._range(key, start, into)
         except urllib.error.HTTPError as error:
-            raise LocationError(f"{self.url(key)}: {_refusal(error)}") from None
+            raise LocationError(f"{self.url(key)}: {refusal(error, _LOGIN)}") from None
         if known is not None and known[:2] != (size, mark):
             raise LocationError(f"{self.url(key)}: changed while it was read; compare again")
         return came
@@ -179,33 +212,37 @@ class Site(Store):
     def _probe(self, key: str) -> tuple[int, str | None, bytes] | None:
         head = bytearray(_HEAD)
         try:
-            came, size, mark = read_range(self._address(key), 0, memoryview(head), self.url(key))
+            came, size, mark = self._range(key, 0, memoryview(head))
         except urllib.error.HTTPError as error:
             if error.code in _ABSENT:
                 return None
             if error.code == 416:  # no byte is there to be had
                 return 0, None, b""
-            raise LocationError(f"{self.url(key)}: {_refusal(error)}") from None
+            raise LocationError(f"{self.url(key)}: {refusal(error, _LOGIN)}") from None
         if came < min(size, _HEAD):
             raise TemporaryError("the answer ended too early")
         return size, mark, bytes(head[:came])
 
-    def _address(self, key: str) -> str:
-        return urlunsplit((self._scheme, self._host, quote(f"/{key}"), self._query, ""))
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    hint = {
-        401: "it wants a login, which cannot be given here; download it and give its path",
-        403: "it may not be read; if the address was signed, sign it anew",
-        404: "it is not there any more",
-    }
-    return f"HTTP {error.code} {error.reason}; {hint.get(error.code, 'check the address')}"
+    def _range(self, key: str, start: int, into: memoryview) -> tuple[int, int, str | None]:
+        address = urlunsplit((self._scheme, self._host, quote(f"/{key}"), self._query, ""))
+        return read_range(address, start, into, self.url(key), self._headers)
 
 
 def open_site(location: str) -> tuple[Site, str]:
     """Split an address into its server and the path there."""
-    parts = urlsplit(location)
-    if not parts.netloc:
-        raise LocationError(f"{location}: no server in it; expected https://SERVER/PATH")
-    return Site(parts.scheme, parts.netloc, parts.query), unquote(parts.path).strip("/")
+    try:
+        parts = urlsplit(location)
+        _ = parts.port  # is looked at only when it is asked for
+    except ValueError as error:
+        raise LocationError(
+            f"{shown(location)}: is no address ({error}); expected https://SERVER/PATH"
+        ) from None
+    login, _, host = parts.netloc.rpartition("@")
+    if not host:
+        raise LocationError(f"{shown(location)}: no server in it; expected https://SERVER/PATH")
+    headers = {}
+    if login:
+        encoded = base64.b64encode(unquote(login).encode()).decode()
+        headers["Authorization"] = f"Basic {encoded}"
+    query = quote(parts.query, safe=_IN_QUERY)
+    return Site(parts.scheme, host, query, headers), unquote(parts.path).strip("/")

@@ -13,10 +13,14 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from wda.errors import LocationError
 from wda.remote.fetch import TemporaryError, persist
-from wda.remote.http import TEMPORARY, read_range
+from wda.remote.http import TEMPORARY, read_range, refusal
 from wda.remote.place import Store
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_LOGIN = dict.fromkeys(
+    (401, 403),
+    "log in with: hf auth login, and accept the repository's conditions on its page",
+)
 
 
 class UnreachableError(Exception):
@@ -62,10 +66,7 @@ class Repository(Store):
         try:
             return read_range(url, start, into, self.url(key), build_hf_headers())[0]
         except urllib.error.HTTPError as error:
-            raise LocationError(
-                f"{self.url(key)}: HTTP {error.code} {error.reason}; log in with: hf auth login, "
-                "and accept the repository's conditions on its page"
-            ) from None
+            raise LocationError(f"{self.url(key)}: {refusal(error, _LOGIN)}") from None
 
 
 def open_repository(rest: str) -> Repository:

@@ -36,7 +36,7 @@ class Store(ABC):
         TemporaryError
             When asking again may help.
         LocationError
-            When it will not.
+            When it will not, or the file is no longer the one whose size and mark were told.
         """
 
     def mark(self, key: str) -> str | None:  # noqa: ARG002

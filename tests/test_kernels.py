@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,7 +53,25 @@ def test_products_with_factors_are_float64(
     assert torch.allclose(kernels.project(w0, A.T.contiguous()), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_across_memory_give_the_same(dtype: torch.dtype, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    w0, A = torch.randn(1237, 53).to(dtype), torch.randn(5, 1237, dtype=torch.float64)
+    wts = [(w0.float() + 1e-2 * torch.randn(1237, 53)).to(dtype) for _ in range(3)]
+    by_rank = A.T.contiguous()
+    norms = kernels.squared_norms(w0.T.contiguous())
+    products = kernels.products_with_changes(w0.T.contiguous(), [wt.T.contiguous() for wt in wts])
+    projected = kernels.project(w0.T.contiguous(), by_rank)
+    for wide in (1 << 19, 1):
+        monkeypatch.setattr(kernels, "_WIDE_ELEMENTS", wide)
+        across = kernels.products_with_changes(w0.T, [wt.T for wt in wts])
+        assert torch.allclose(kernels.squared_norms(w0.T), norms, rtol=1e-13)
+        for one, other in zip(across, products, strict=True):
+            assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)
+        assert torch.allclose(kernels.project(w0.T, by_rank), projected, rtol=1e-11, atol=1e-13)
+
+
 def test_what_no_kernel_takes() -> None:
     assert kernels.takes(torch.zeros(2, 3))
     assert not kernels.takes(torch.zeros(2, 3, dtype=torch.float64))
-    assert not kernels.takes(torch.zeros(3, 2).T)
+    assert not kernels.takes(torch.zeros(4, 6)[::2, ::2])

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from wda import engine, rows, updates
+from wda import engine, kernels, rows, updates
 from wda.decomposition import decomposition
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
@@ -109,10 +109,9 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
         WeightDecomposed(low_rank, w0.norm(dim=1) * 1.1),
     ]
     whole = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
-    monkeypatch.setattr(updates, "BLOCK_ELEMENTS", 2 * IN)
     monkeypatch.setattr(rows, "WIDE_ELEMENTS", {"cpu": 2 * IN})
-    monkeypatch.setattr(engine, "_blocks", lambda w0, _: rows.row_blocks(w0.shape, 2 * IN))
-    assert len(list(rows.row_blocks((OUT, IN), 2 * IN))) == 3
+    monkeypatch.setattr(kernels, "takes", lambda _rows: False)
+    assert len(list(rows.wide_blocks(OUT, w0))) == 3
     cut = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
     for one, other in zip(whole, cut, strict=True):
         assert torch.allclose(one.magnitude_change, other.magnitude_change, rtol=1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +12,12 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from wda.checkpoints import FullCheckpoint
-from wda.decomposition import Displacement, Per, join
+from wda.decomposition import Displacement, Per
 from wda.errors import CheckpointError, DeviceError
 from wda.naming import Matrix
 from wda.pairing import Source
 from wda.remote import at_once
-from wda.rows import BLOCK_ELEMENTS, Factors, Rows, row_blocks
+from wda.rows import Factors, Rows
 from wda.updates import RowUpdate, Update
 
 
@@ -111,23 +111,9 @@ def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displ
     moving: Sequence[RowUpdate] = updates
     if per == "input":
         moving, w0 = [update.transposed(w0) for update in updates], w0.T
-    parts: list[list[Displacement]] = [[] for _ in moving]
     factors = Factors([factor for update in moving for factor in update.factors])
-    for block in _blocks(w0, moving):
-        here = [update.rows(block) for update in moving]
-        ends = [end for update in here for end in update.ends]
-        rows = Rows(w0[block].contiguous(), factors, ends)
-        for update, moves in zip(here, parts, strict=True):
-            moves.append(update.displacement(rows))
-    return [join(moves) for moves in parts]
-
-
-def _blocks(w0: Tensor, moving: Iterable[RowUpdate]) -> Iterable[slice]:
-    """Cut the rows where they must be copied to lie in order; else they are taken as they lie."""
-    stored = [w0, *(end for update in moving for end in update.ends)]
-    if all(tensor.is_contiguous() for tensor in stored):
-        return [slice(0, w0.shape[0])]
-    return row_blocks((w0.shape[0], w0.shape[1]), BLOCK_ELEMENTS)
+    rows = Rows(w0, factors, [end for update in moving for end in update.ends])
+    return [update.displacement(rows) for update in moving]
 
 
 def _grouped(part: Part) -> Iterator[list[Source]]:

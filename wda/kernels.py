@@ -4,13 +4,16 @@ Half-precision numbers are widened in registers, or into a buffer that fits the 
 a row crosses memory once and at its stored size. All sums are float64. A kernel takes many rows in
 one call, during which the interpreter's other threads run: handing the interpreter from thread to
 thread at every small step costs more than the steps.
+
+Rows may lie along memory or across it, as the rows of a transposed matrix do. Those across are
+summed all at once, a stretch of them at a time, so that memory is read in its order all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -35,6 +38,9 @@ def _compiled(function: Callable[..., None]) -> Any:
 # matrix multiply to be worth its preparations.
 _WIDE_ELEMENTS = 1 << 19
 _FEWEST_ROWS = 16
+
+# How many rows that lie across memory are summed at a time: their sums stay in the nearest cache.
+_STRETCH = 1024
 
 _inlined = numba.njit(inline="always")
 
@@ -70,9 +76,19 @@ _WIDENED_BY = {
 }
 
 
+class _Kernels(NamedTuple):
+    squared_norms: Any
+    project: Any
+
+
+class _ProductKernels(NamedTuple):
+    products: Any
+    products_of_two: Any
+
+
 @cache
-def _kernels(dtype: torch.dtype) -> tuple[Any, Any]:
-    """Give the kernels that read W0 alone."""
+def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
+    """Give the kernels that read W0 alone, for rows along memory and for rows across it."""
     widen = _WIDENED_BY[dtype]
 
     @_compiled
@@ -94,12 +110,33 @@ def _kernels(dtype: torch.dtype) -> tuple[Any, Any]:
                     wide[i - start, j] = widen(w0[i, j])
             np.dot(wide[: stop - start], by_rank, projected[start:stop])
 
-    return squared_norms, project
+    @_compiled
+    def squared_norms_across(w0: Any, a: Any) -> None:
+        for first in range(0, w0.shape[1], _STRETCH):
+            last = min(first + _STRETCH, w0.shape[1])
+            for i in range(w0.shape[0]):
+                for j in range(first, last):
+                    x = widen(w0[i, j])
+                    a[j] += x * x
+
+    @_compiled
+    def project_across(w0: Any, by_rank: Any, projected: Any, step: int) -> None:
+        wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
+        for start in range(0, w0.shape[0], step):
+            stop = min(start + step, w0.shape[0])
+            for i in range(start, stop):
+                for j in range(w0.shape[1]):
+                    wide[i - start, j] = widen(w0[i, j])
+            projected += np.dot(wide[: stop - start].T, by_rank[start:stop])
+
+    return _Kernels(squared_norms, project), _Kernels(squared_norms_across, project_across)
 
 
 @cache
-def _product_kernels(dtype: torch.dtype, dtype_t: torch.dtype) -> tuple[Any, Any]:
-    """Give the kernels that read W0 and Wt, which need not be of one dtype."""
+def _product_kernels(
+    dtype: torch.dtype, dtype_t: torch.dtype
+) -> tuple[_ProductKernels, _ProductKernels]:
+    """Give those that read W0 and Wt, which need not be of one dtype, for both kinds of rows."""
     widen, widen_t = _WIDENED_BY[dtype], _WIDENED_BY[dtype_t]
 
     @_compiled
@@ -136,18 +173,42 @@ def _product_kernels(dtype: torch.dtype, dtype_t: torch.dtype) -> tuple[Any, Any
             g[0, i] = length_t
             g[1, i] = length_u
 
-    return products, products_of_two
+    @_compiled
+    def products_across(w0: Any, wt: Any, c: Any, g: Any) -> None:
+        for first in range(0, w0.shape[1], _STRETCH):
+            last = min(first + _STRETCH, w0.shape[1])
+            for i in range(w0.shape[0]):
+                for j in range(first, last):
+                    x = widen(w0[i, j])
+                    delta = widen_t(wt[i, j]) - x
+                    c[j] += x * delta
+                    g[j] += delta * delta
+
+    @_compiled
+    def products_of_two_across(w0: Any, wt: Any, wu: Any, c: Any, g: Any) -> None:
+        products_across(w0, wt, c[0], g[0])
+        products_across(w0, wu, c[1], g[1])
+
+    return (
+        _ProductKernels(products, products_of_two),
+        _ProductKernels(products_across, products_of_two_across),
+    )
 
 
 def takes(rows: Tensor) -> bool:
     """Tell whether there is a kernel for the dtype and layout of these rows."""
-    return rows.dtype in _WIDENED_BY and rows.device.type == "cpu" and rows.stride(-1) == 1
+    return rows.dtype in _WIDENED_BY and rows.device.type == "cpu" and 1 in rows.stride()
+
+
+def lie_across(rows: Tensor) -> bool:
+    """Tell whether rows lie across memory, as those of a transposed matrix do."""
+    return rows.stride(-1) != 1
 
 
 def squared_norms(w0: Float[Tensor, "vectors features"]) -> Float[Tensor, "vectors"]:
     """Give ‖w_0‖² of every row, in float64."""
-    a = np.empty(w0.shape[0])
-    _kernels(w0.dtype)[0](_codes(w0), a)
+    a = np.zeros(w0.shape[0])
+    _kernels(w0.dtype)[lie_across(w0)].squared_norms(_codes(w0), a)
     return torch.from_numpy(a)
 
 
@@ -161,7 +222,7 @@ def products_with_changes(
     w0 : Tensor
         Rows before.
     wts : sequence of Tensor
-        The same rows after each update, one or more, all of one dtype.
+        The same rows after each update, one or more, all of one dtype and lying as they do.
 
     Returns
     -------
@@ -170,8 +231,8 @@ def products_with_changes(
     g : Tensor
         ‖δ‖², one line per update.
     """
-    c, g = np.empty((len(wts), w0.shape[0])), np.empty((len(wts), w0.shape[0]))
-    products, products_of_two = _product_kernels(w0.dtype, wts[0].dtype)
+    c, g = np.zeros((len(wts), w0.shape[0])), np.zeros((len(wts), w0.shape[0]))
+    products, products_of_two = _product_kernels(w0.dtype, wts[0].dtype)[lie_across(w0)]
     start, ends = _codes(w0), [_codes(wt) for wt in wts]
     for i in range(0, len(ends) - 1, 2):
         products_of_two(start, ends[i], ends[i + 1], c[i : i + 2], g[i : i + 2])
@@ -192,14 +253,19 @@ def project(
     by_rank : Tensor
         Aᵀ, contiguous, in float64.
     """
-    projected = np.empty((w0.shape[0], by_rank.shape[1]))
-    step = max(_FEWEST_ROWS, _WIDE_ELEMENTS // max(1, w0.shape[1]))
-    _kernels(w0.dtype)[1](_codes(w0), by_rank.numpy(), projected, step)
+    projected = np.zeros((w0.shape[0], by_rank.shape[1]))
+    codes = _codes(w0)
+    step = max(_FEWEST_ROWS, _WIDE_ELEMENTS // max(1, codes.shape[1]))
+    _kernels(w0.dtype)[lie_across(w0)].project(codes, by_rank.numpy(), projected, step)
     return torch.from_numpy(projected)
 
 
 def _codes(rows: Tensor) -> np.ndarray:
-    """Give the numbers to numpy, which has no bfloat16, as what they are or as their bits."""
+    """Give the numbers to numpy, which has no bfloat16, as what they are or as their bits.
+
+    Rows that lie across memory are given as the matrix that lies along it.
+    """
+    rows = rows.T if lie_across(rows) else rows
     if rows.dtype == torch.float32:
         return rows.numpy()
     return rows.view(torch.uint16).numpy()

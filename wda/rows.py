@@ -15,10 +15,7 @@ from wda.decomposition import Displacement, displacement, join
 
 Value = TypeVar("Value")
 
-# Elements of a block of rows: enough that what Python does per block costs little.
-BLOCK_ELEMENTS = 1 << 22
-
-# Elements of it that are held in float64 at a time, by device, where no kernel does the work.
+# Elements that are held in float64 at a time, by device, where no kernel does the work.
 WIDE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
@@ -132,12 +129,17 @@ class Rows:
     @Lazy
     def _products(self) -> dict[int, tuple[Tensor, Tensor]]:
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        taken = [end for end in self._ends if kernels.takes(self.stored) and kernels.takes(end)]
+        taken = [end for end in self._ends if self._goes_with(end)]
         for dtype in dict.fromkeys(end.dtype for end in taken):
             alike = [end for end in taken if end.dtype == dtype]
             c, g = kernels.products_with_changes(self.stored, alike)
             found |= {id(end): (c[i], g[i]) for i, end in enumerate(alike)}
         return found
+
+    def _goes_with(self, end: Tensor) -> bool:
+        """Tell whether a kernel takes rows of W0 and Wt together: they must lie alike."""
+        alike = kernels.lie_across(self.stored) == kernels.lie_across(end)
+        return alike and kernels.takes(self.stored) and kernels.takes(end)
 
     @Lazy
     def _projected(self) -> Tensor:

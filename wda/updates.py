@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wda.decomposition import Displacement, displacement, join
-from wda.rows import BLOCK_ELEMENTS, Factors, Rows, row_blocks, wide_blocks
+from wda.decomposition import Displacement, displacement
+from wda.rows import Factors, Rows, wide_blocks
 
 # Below this share of the largest value it could have, a squared length that was got by subtraction
 # has lost six of its sixteen digits; the rows concerned are then computed directly.
@@ -51,10 +51,6 @@ class RowUpdate(Protocol):
         """The rows of Wt, where it holds them as they are."""
         ...
 
-    def rows(self, block: slice) -> RowUpdate:
-        """Give the same update restricted to a block of rows."""
-        ...
-
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row of ``w0``, of this update's shape, moves."""
         ...
@@ -67,10 +63,6 @@ class Update(RowUpdate, Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype its numbers are stored in."""
-        ...
-
-    def rows(self, block: slice) -> Update:
-        """Give the same update restricted to a block of rows."""
         ...
 
     def to(self, device: str) -> Update:
@@ -107,10 +99,6 @@ class Dense:
     def ends(self) -> tuple[Tensor, ...]:
         """The rows of Wt, where it holds them as they are."""
         return (self.weight,)
-
-    def rows(self, block: slice) -> Dense:
-        """Give the same update restricted to a block of rows."""
-        return Dense(self.weight[block])
 
     def to(self, device: str) -> Dense:
         """Give the same update with its numbers on a device."""
@@ -203,10 +191,6 @@ class LowRank:
         """The rows of Wt, where it holds them as they are."""
         return ()
 
-    def rows(self, block: slice) -> LowRank:
-        """Give the same update restricted to a block of rows."""
-        return LowRank(self.A, self.B[block], self.scaling)
-
     def to(self, device: str) -> LowRank:
         """Give the same update with its numbers on a device."""
         return LowRank(self.A.to(device), self.B.to(device), self.scaling)
@@ -265,22 +249,14 @@ class WeightDecomposed:
         """The rows of Wt, where it holds them as they are."""
         return ()
 
-    def rows(self, block: slice) -> WeightDecomposed:
-        """Give the same update restricted to a block of rows."""
-        return WeightDecomposed(self.direction.rows(block), self.magnitude[block])
-
     def to(self, device: str) -> WeightDecomposed:
         """Give the same update with its numbers on a device."""
         return WeightDecomposed(self.direction.to(device), self.magnitude.to(device))
 
     def transposed(self, w0: Tensor) -> ColumnScaled:
         """Give the update of W0ᵀ, whose columns are scaled where the rows of W0 were."""
-        factors = Factors(self.factors)
-        moves = [
-            self.direction.rows(block).displacement(Rows(w0[block], factors))
-            for block in row_blocks(self.shape, BLOCK_ELEMENTS)
-        ]
-        return ColumnScaled(self.direction.transposed(w0), self._scale(join(moves)))
+        move = self.direction.displacement(Rows(w0, Factors(self.factors)))
+        return ColumnScaled(self.direction.transposed(w0), self._scale(move))
 
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves: V's displacement, stretched by κ = m/‖V‖."""
@@ -319,10 +295,6 @@ class ColumnScaled:
     def ends(self) -> tuple[Tensor, ...]:
         """The rows of Wt, where it holds them as they are."""
         return ()
-
-    def rows(self, block: slice) -> ColumnScaled:
-        """Give the same update restricted to a block of rows."""
-        return ColumnScaled(self.low_rank.rows(block), self.scale)
 
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves, from δ = (κ − 1)·W0 + κ·s·B·A."""

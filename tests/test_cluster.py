@@ -22,7 +22,7 @@ from wda.cluster import executor_of
 from wda.errors import CheckpointError, ClusterError
 from wda.manifest import Run
 from wda.pairing import pair
-from wda.runs import open_run
+from wda.runs import open_runs
 
 distributed = pytest.importorskip("distributed")
 
@@ -135,7 +135,7 @@ def test_bad_numbers_are_told_from_afar(workers: Any, tmp_path: Path) -> None:
 
 def test_workers_that_find_other_files_say_so(workers: Any, tmp_path: Path) -> None:
     base, runs = several(tmp_path)
-    members = open_run(Run(name="a", path=str(runs[0])))
+    members = open_runs([Run(name="a", path=str(runs[0]))])
     opened = open_base(base)
     pairings, _ = pair(opened, members, ["query"])
     (runs[0] / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")

@@ -179,9 +179,11 @@ def draw(table: pd.DataFrame, file: Path) -> None:
         figure, axes = plt.subplots(1, len(kinds), figsize=(6.75, 2.0), layout="constrained")
         for ax, kind in zip(axes, kinds, strict=True):
             points = table[table["what"] == kind]
-            ax.plot(points["size"], points["seconds"], "o-", color=style.RUN_COLOURS[0])
+            sizes, milliseconds = points["size"], 1000 * points["seconds"]
+            ax.plot(sizes, milliseconds, "o-", color=style.RUN_COLOURS[0])
             what, _, rest = kind.partition(", ")
-            ax.set(xlabel=f"{what}\n({rest})", ylabel="seconds", ylim=(0, None), xlim=(0, None))
+            ax.set(xlabel=f"{what}\n({rest})", ylabel="milliseconds")
+            ax.set(xlim=(0, 1.08 * sizes.max()), ylim=(0, 1.08 * milliseconds.max()))
         figure.savefig(file)
 
 

@@ -133,6 +133,25 @@ def test_bad_numbers_are_told_from_afar(workers: Any, tmp_path: Path) -> None:
         )
 
 
+def test_progress_counts_the_units_of_all_workers(
+    workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "UNIT_ELEMENTS", 50 * 200)
+    base, runs = several(tmp_path)
+    opened, members = open_base(base), open_runs([Run(name="a", path=str(runs[0]))])
+    pairings, _ = pair(opened, members, ["query", "value"])
+    seen: list[tuple[int, int]] = []
+    work = schedule.Work(executor=workers.get_executor(pure=False))
+    schedule.measure(
+        opened,
+        pairings,
+        "output",
+        work,
+        on_part=lambda done, total, _matrix: seen.append((done, total)),
+    )
+    assert seen == [(i + 1, 24) for i in range(24)]
+
+
 def test_workers_that_find_other_files_say_so(workers: Any, tmp_path: Path) -> None:
     base, runs = several(tmp_path)
     members = open_runs([Run(name="a", path=str(runs[0]))])

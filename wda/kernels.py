@@ -100,14 +100,18 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
                 norm += x * x
             a[i] = norm
 
+    @_inlined
+    def widen_rows(w0: Any, wide: Any) -> None:
+        for i in range(w0.shape[0]):
+            for j in range(w0.shape[1]):
+                wide[i, j] = widen(w0[i, j])
+
     @_compiled
     def project(w0: Any, by_rank: Any, projected: Any, step: int) -> None:
         wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
         for start in range(0, w0.shape[0], step):
             stop = min(start + step, w0.shape[0])
-            for i in range(start, stop):
-                for j in range(w0.shape[1]):
-                    wide[i - start, j] = widen(w0[i, j])
+            widen_rows(w0[start:stop], wide)
             np.dot(wide[: stop - start], by_rank, projected[start:stop])
 
     @_compiled
@@ -124,9 +128,7 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
         wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
         for start in range(0, w0.shape[0], step):
             stop = min(start + step, w0.shape[0])
-            for i in range(start, stop):
-                for j in range(w0.shape[1]):
-                    wide[i - start, j] = widen(w0[i, j])
+            widen_rows(w0[start:stop], wide)
             projected += np.dot(wide[: stop - start].T, by_rank[start:stop])
 
     return _Kernels(squared_norms, project), _Kernels(squared_norms_across, project_across)

@@ -71,8 +71,8 @@ class Work:
     executor : concurrent.futures.Executor or None
         What runs them; None for threads, one per core as far as the memory goes.
     max_memory : int
-        Bytes that those threads may take together, beside the pages of mapped files; an executor's
-        workers take as much each as one of ``_cores()`` threads would.
+        Bytes that those threads may take together, beside the pages of mapped files; each worker of
+        an executor takes as much as one of the threads would.
     device : str
         Where to compute: ``cpu`` or a ``cuda`` device.
     """

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from servers import STALL, Files, serving
 
 import wda
 from wda import engine, schedule
+from wda.decomposition import Displacement, Per
 from wda.errors import CheckpointError
+from wda.updates import Update
 
 
 def test_any_executor_gives_the_same_bits(runs: dict[str, Path], base: Path) -> None:
@@ -34,6 +36,27 @@ def test_any_executor_gives_the_same_bits(runs: dict[str, Path], base: Path) -> 
         pd.testing.assert_frame_equal(table, by_default, check_exact=True)
     little = wda.compare(folders, base=base, cache=False, max_memory=1, progress=False).table
     pd.testing.assert_frame_equal(little, by_default, check_exact=True)
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_updates_that_do_not_fit_together_go_one_after_another(
+    per: str, runs: dict[str, Path], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [runs["lora"], runs["dora"]]
+    options = {"base": base, "per": per, "cache": False, "progress": False}
+    expected = wda.compare(folders, **options).table  # type: ignore[arg-type]
+    sizes: list[int] = []
+    displacements = engine.displacements
+
+    def counted(w0: torch.Tensor, updates: Sequence[Update], per: Per) -> list[Displacement]:
+        sizes.append(len(updates))
+        return displacements(w0, updates, per)
+
+    monkeypatch.setattr(engine, "displacements", counted)
+    monkeypatch.setattr(schedule, "WORKER_BYTES", 1200)  # two adapters' factors, in float64
+    little = wda.compare(folders, max_memory=1, **options).table  # type: ignore[arg-type]
+    assert sizes == [2] * 18
+    pd.testing.assert_frame_equal(little, expected, check_exact=False, rtol=1e-11)
 
 
 def test_torchs_threads_are_left_as_they_were(runs: dict[str, Path], base: Path) -> None:

@@ -71,6 +71,22 @@ def test_rows_across_memory_give_the_same(dtype: torch.dtype, monkeypatch: Any) 
         assert torch.allclose(kernels.project(w0.T, by_rank), projected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weighted_squares_are_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    w0, u, v = torch.randn(1237, 53).to(dtype), torch.randn(53).double(), torch.randn(1237).double()
+    along = kernels.weighted_squares(w0, u, u.square())
+    across = kernels.weighted_squares(w0.T, v, v.square())
+    squares = w0.double().square()
+    for found, expected in (
+        (along[0], squares @ u),
+        (along[1], squares @ u.square()),
+        (across[0], squares.T @ v),
+        (across[1], squares.T @ v.square()),
+    ):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_what_no_kernel_takes() -> None:
     assert kernels.takes(torch.zeros(2, 3))
     assert not kernels.takes(torch.zeros(2, 3, dtype=torch.float64))

@@ -119,9 +119,9 @@ def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displ
 def _grouped(part: Part) -> Iterator[list[Source]]:
     """Cut the sources where they would no longer fit into the memory; one always fits."""
     group: list[Source] = []
-    used = 0
+    used, moved = 0, part.device != "cpu"
     for source in part.sources:
-        needed = source.checkpoint.held_bytes(source.module, part.matrix, part.rows)
+        needed = source.checkpoint.held_bytes(source.module, part.matrix, part.rows, moved)
         if group and used + needed > part.memory:
             yield group
             group, used = [], 0

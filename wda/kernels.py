@@ -78,6 +78,7 @@ _WIDENED_BY = {
 
 class _Kernels(NamedTuple):
     squared_norms: Any
+    weighted_squares: Any
     project: Any
 
 
@@ -99,6 +100,18 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
                 x = widen(w0[i, j])
                 norm += x * x
             a[i] = norm
+
+    @_compiled
+    def weighted_squares(w0: Any, u: Any, v: Any, by_u: Any, by_v: Any) -> None:
+        for i in range(w0.shape[0]):
+            sum_u = 0.0
+            sum_v = 0.0
+            for j in range(w0.shape[1]):
+                x = widen(w0[i, j])
+                sum_u += x * x * u[j]
+                sum_v += x * x * v[j]
+            by_u[i] = sum_u
+            by_v[i] = sum_v
 
     @_inlined
     def widen_rows(w0: Any, wide: Any) -> None:
@@ -124,6 +137,16 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
                     a[j] += x * x
 
     @_compiled
+    def weighted_squares_across(w0: Any, u: Any, v: Any, by_u: Any, by_v: Any) -> None:
+        for first in range(0, w0.shape[1], _STRETCH):
+            last = min(first + _STRETCH, w0.shape[1])
+            for i in range(w0.shape[0]):
+                for j in range(first, last):
+                    x = widen(w0[i, j])
+                    by_u[j] += x * x * u[i]
+                    by_v[j] += x * x * v[i]
+
+    @_compiled
     def project_across(w0: Any, by_rank: Any, projected: Any, step: int) -> None:
         wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
         for start in range(0, w0.shape[0], step):
@@ -131,7 +154,10 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
             widen_rows(w0[start:stop], wide)
             projected += np.dot(wide[: stop - start].T, by_rank[start:stop])
 
-    return _Kernels(squared_norms, project), _Kernels(squared_norms_across, project_across)
+    return (
+        _Kernels(squared_norms, weighted_squares, project),
+        _Kernels(squared_norms_across, weighted_squares_across, project_across),
+    )
 
 
 @cache
@@ -212,6 +238,18 @@ def squared_norms(w0: Float[Tensor, "vectors features"]) -> Float[Tensor, "vecto
     a = np.zeros(w0.shape[0])
     _kernels(w0.dtype)[lie_across(w0)].squared_norms(_codes(w0), a)
     return torch.from_numpy(a)
+
+
+def weighted_squares(
+    w0: Float[Tensor, "vectors features"],
+    u: Float[Tensor, "features"],
+    v: Float[Tensor, "features"],
+) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
+    """Give Σ u·w_0² and Σ v·w_0² of every row, in float64, for two sets of weights in float64."""
+    by_u, by_v = np.zeros(w0.shape[0]), np.zeros(w0.shape[0])
+    kernel = _kernels(w0.dtype)[lie_across(w0)].weighted_squares
+    kernel(_codes(w0), u.numpy(), v.numpy(), by_u, by_v)
+    return torch.from_numpy(by_u), torch.from_numpy(by_v)
 
 
 def products_with_changes(

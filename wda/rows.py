@@ -122,6 +122,12 @@ class Rows:
         """Give ⟨w_0, δ⟩ and ‖δ‖² for one of the ends, or None where no kernel takes it."""
         return self._products.get(id(end))
 
+    def weighted_squares(
+        self, u: Float[Tensor, "features"], v: Float[Tensor, "features"]
+    ) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]] | None:
+        """Give Σ u·w_0² and Σ v·w_0² of every row, or None where no kernel takes it."""
+        return kernels.weighted_squares(self.stored, u, v) if kernels.takes(self.stored) else None
+
     def times(self, A: Tensor) -> Float[Tensor, "vectors rank"]:
         """Give W0·Aᵀ in float64, for one of the factors."""
         return self._projected[:, self.factors.place(A)]

@@ -10,7 +10,7 @@ class                      Wt                                   cost of a row's 
 :class:`Dense`             the stored matrix                    O(in)
 :class:`LowRank`           W0 + s·B·A                           O(in·r), B·A is never formed
 :class:`WeightDecomposed`  m ⊙ V/‖V‖ with V = W0 + s·B·A        the same
-:class:`ColumnScaled`      (W0 + s·B·A) ⊙ κ, a transposed DoRA  O(in·r), formed by blocks
+:class:`ColumnScaled`      (W0 + s·B·A) ⊙ κ, a transposed DoRA  the same, twice
 =========================  ===================================  =============================
 """
 
@@ -271,15 +271,24 @@ class WeightDecomposed:
         return torch.where(v_norm > 0, self.magnitude.double() / v_norm, 0.0)
 
 
-@dataclass(frozen=True)
 class ColumnScaled:
     """Wt = (W0 + s·B·A) ⊙ κ with one factor per column: a transposed DoRA.
 
-    Its rows have no closed form; they are formed a block at a time.
+    With δ = (κ − 1) ⊙ W0 + κ ⊙ s·B·A every inner product falls into sums over W0's squares, which
+    κ weighs, and over products with two factors, κ ⊙ A and κ(κ − 1) ⊙ A.
+
+    Parameters
+    ----------
+    low_rank : LowRank
+        The update before it is scaled.
+    scale : Tensor
+        κ, one number per column.
     """
 
-    low_rank: LowRank
-    scale: Float[Tensor, features]
+    def __init__(self, low_rank: LowRank, scale: Float[Tensor, features]) -> None:
+        self.low_rank, self.scale = low_rank, scale
+        A = low_rank.A.double()
+        self.factors = (scale * A, scale * (scale - 1) * A)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -287,21 +296,29 @@ class ColumnScaled:
         return self.low_rank.shape
 
     @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """The factors A that it asks W0's rows to be multiplied with."""
-        return ()
-
-    @property
     def ends(self) -> tuple[Tensor, ...]:
         """The rows of Wt, where it holds them as they are."""
         return ()
 
     def displacement(self, w0: Rows) -> Displacement:
-        """Tell how each row moves, from δ = (κ − 1)·W0 + κ·s·B·A."""
+        """Tell how each row moves, by inner products of rank-sized rows."""
         B, A, s = self.low_rank.B.double(), self.low_rank.A.double(), self.low_rank.scaling
-        return w0.displacements(
-            lambda start, some: (self.scale - 1) * start + self.scale * (s * (B[some] @ A))
-        )
+        grown = self.scale - 1
+        squares = w0.weighted_squares(grown, grown.square())
+        if squares is None:
+            return w0.displacements(
+                lambda start, some: grown * start + self.scale * (s * (B[some] @ A))
+            )
+        scaled, mixed = self.factors
+        gram = w0.factors.gram(scaled)
+        c, g = inner_products(w0.times(scaled), gram, B, s)
+        c, g = c + squares[0], g + squares[1] + 2 * s * (w0.times(mixed) * B).sum(dim=1)
+        largest = squares[1] + s**2 * B.square().sum(dim=1) * gram.trace()
+
+        def delta(some: Tensor) -> Tensor:
+            return grown * w0.stored[some].double() + self.scale * (s * (B[some] @ A))
+
+        return _from_products(w0, c, g, largest, delta)
 
 
 def _from_products(

@@ -91,9 +91,23 @@ class Checkpoint(ABC):
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """Name the tensors that an update of a module's matrix is read from."""
 
-    def held_bytes(self, module: str, matrix: Matrix, rows: slice | None = None) -> int:
-        """Give the memory that an update takes while it is used: none where it stays mapped."""
-        names = [name for name in self.tensors_of(module) if self.tensors.is_remote(name)]
+    def held_bytes(
+        self, module: str, matrix: Matrix, rows: slice | None = None, moved: bool = False
+    ) -> int:
+        """Give the memory that an update takes while it is used.
+
+        Parameters
+        ----------
+        module : str
+            The matrix's module by its name in this checkpoint.
+        matrix : Matrix
+            The matrix of the base.
+        rows : slice, optional
+            Rows of it.
+        moved : bool
+            Whether it is moved to a device. Where it is not, what stays mapped takes none.
+        """
+        names = [n for n in self.tensors_of(module) if moved or self.tensors.is_remote(n)]
         share = len(range(*(rows or ALL).indices(matrix.shape[0])))
         return sum(self.tensors[name].nbytes for name in names) * share // matrix.stored_shape[0]
 

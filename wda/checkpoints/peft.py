@@ -108,10 +108,12 @@ class PeftCheckpoint(Checkpoint):
         magnitude = self.tensors.read(self._names["magnitude"][module], again=True)
         return WeightDecomposed(low_rank, magnitude.flatten()[some])
 
-    def held_bytes(self, module: str, matrix: Matrix, rows: slice | None = None) -> int:
+    def held_bytes(
+        self, module: str, matrix: Matrix, rows: slice | None = None, moved: bool = False
+    ) -> int:
         """Give the memory of the factors, which are widened to float64."""
         if module not in self.required:
-            return super().held_bytes(module, matrix, rows)
+            return super().held_bytes(module, matrix, rows, moved)
         share = len(range(*(rows or ALL).indices(matrix.shape[0])))
         rank, features = self._shape("A", module)
         return 8 * rank * (features + share)

@@ -1,7 +1,8 @@
-"""Full weights in Hugging Face's layout: safetensors or ``.bin``, in one file or in shards."""
+"""Full weights: Hugging Face's layout, in one file or in shards, and single files of trainings."""
 
 from __future__ import annotations
 
+import re
 from typing import Self
 
 from wda.checkpoints.checkpoint import Checkpoint
@@ -16,13 +17,20 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "pytorch_model_fsdp.bin",
 )
+
+
+_ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt")
+
+# Lightning's names of files: epoch=1-step=200.ckpt, and a version behind when there are several.
+STEP_FILE = re.compile(r"(?:.*\D)?step=(\d+)(?:-.*)?\.ckpt")
 
 
 class FullCheckpoint(Checkpoint):
     """A whole model: the base itself, or the result of full fine-tuning."""
 
-    layout = "Hugging Face model"
+    layout = "whole model"
     method = "ft"
 
     def __init__(self, path: Place, tensors: Tensors) -> None:
@@ -37,7 +45,7 @@ class FullCheckpoint(Checkpoint):
     def open(cls, path: Place) -> Self | None:
         """Open a model folder or a single weight file."""
         file = path if path.is_file() else first_file(path, *WEIGHT_FILES)
-        if file is None or not file.name.endswith((".safetensors", ".bin", ".index.json")):
+        if file is None or not file.name.endswith(_ENDINGS):
             return None
         tensors = open_tensors(file)
         if any(".lora_" in name for name in tensors):
@@ -46,6 +54,12 @@ class FullCheckpoint(Checkpoint):
                 "adapter_config.json that gives their scaling; save it with save_pretrained()"
             )
         return cls(path, tensors)
+
+    @property
+    def step(self) -> int | None:
+        """Training step: also from the name of Lightning's file."""
+        match = STEP_FILE.fullmatch(self.path.name)
+        return int(match.group(1)) if match else super().step
 
     def holds_all(self) -> bool:
         """Tell that an absent matrix is missing: a whole model holds all of them."""

@@ -1,7 +1,8 @@
 """A folder's tensors by name: shapes from the headers at once, values when they are asked for.
 
-Reads safetensors, one file or sharded with an index, and PyTorch's own ``.bin`` in the same two
-forms. A pickle is only ever unpickled in weights-only mode, which executes nothing it contains.
+Reads safetensors, one file or sharded with an index, and PyTorch's own pickles (``.bin``, ``.pt``,
+``.ckpt``) in the same two forms, whatever a training wrapped around the tensors. A pickle is only
+ever unpickled in weights-only mode, which executes nothing it contains.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from wda.checkpoints.entry import Entry, WeightFile, state_of
 from wda.checkpoints.remote_safetensors import nbytes_of, open_remote_safetensors
+from wda.checkpoints.state_dicts import tensors_within, without_wrappers
 from wda.errors import CheckpointError, listing
 from wda.naming import Matrix
 from wda.places import Place
@@ -224,13 +227,19 @@ def _open_sharded(index: Place) -> Tensors:
                 f"{index.parent}: {len(missing)} of {len(shards)} shards named in {index.name} "
                 f"are missing: {listing(missing)}; copy them into this folder"
             )
-    tensors = Tensors({name: shards[shard] for name, shard in weight_map.items()}, index)
+    by_name = without_wrappers(weight_map, index)
+    tensors = Tensors({name: shards[shard] for name, shard in by_name.items()}, index)
     if not isinstance(index, RemotePlace):
         tensors.open(tensors)
     return tensors
 
 
 def _open_file(place: Place) -> WeightFile:
+    file = _open_as_stored(place)
+    return replace(file, entries=without_wrappers(file.entries, place))
+
+
+def _open_as_stored(place: Place) -> WeightFile:
     path = place.local if isinstance(place, RemotePlace) else place
     safe = place.suffix == ".safetensors"
     if isinstance(path, Path):
@@ -281,10 +290,6 @@ def _open_pickle(path: Path) -> WeightFile:
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         _damaged(path, error)
-    if not isinstance(loaded, dict):
-        raise CheckpointError(
-            f"{path}: holds a {type(loaded).__name__}, expected a dictionary of named tensors"
-        )
 
     def entry(tensor: Tensor) -> Entry:
         where = f"{tensor.dtype} {tensor.storage_offset()} {tensor.stride()}"
@@ -292,7 +297,7 @@ def _open_pickle(path: Path) -> WeightFile:
             tuple(tensor.shape), path, lambda rows: _some(tensor, rows), tensor.nbytes, where
         )
 
-    held = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    held = tensors_within(loaded, path)
     return WeightFile(path, {name: entry(value) for name, value in held.items()}, 0, state)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "wda"
 # From the ground up. What stands on one line may not import from each other.
 ROOMS: list[set[str]] = [
     {"_version", "errors", "kernels", "signals"},
-    {"places"},
+    {"places", "fused"},
     {"remote"},
     {"files", "locations", "progress", "provenance", "validation", "decomposition", "table"},
     {"naming", "rows", "statistics", "style"},

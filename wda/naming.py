@@ -10,9 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
+from wda import fused
 from wda.errors import PairingError, SelectionError, listing
 
 LABELS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -44,8 +47,6 @@ _LABEL_PATTERNS = {
     label: re.compile(rf"(?:.*\.)?(?:{ending})$") for label, ending in _ENDINGS.items()
 }
 
-# GPT-2's fused projections: last name → the parts along the output features, in order.
-_FUSED_GPT2 = {2: ("key", "value"), 3: ("query", "key", "value")}
 _CONV1D_NAMES = {"c_attn", "q_attn", "c_proj", "c_fc"}
 
 
@@ -104,6 +105,7 @@ class Matrix:
 def find_matrices(
     shapes: Mapping[str, tuple[int, ...]],
     transposed: Callable[[str, tuple[int, int]], bool] = lambda _module, _shape: False,
+    config: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Matrix]:
     """List the weight matrices among a model's tensors.
 
@@ -114,6 +116,8 @@ def find_matrices(
     transposed : callable, optional
         Says of a module and its stored shape whether it is (in_features, out_features) although
         its name does not tell; an adapter's configuration can know.
+    config : mapping, optional
+        The model's ``config.json``, which tells how fused projections split.
 
     Returns
     -------
@@ -129,7 +133,7 @@ def find_matrices(
         module = name.removesuffix(".weight")
         stored = (shape[0], shape[1])
         turned = (conv1d and _last(module) in _CONV1D_NAMES) or transposed(module, stored)
-        found.extend(_parts(module, stored[::-1] if turned else stored, turned))
+        found.extend(_parts(module, stored[::-1] if turned else stored, turned, config))
     return found
 
 
@@ -166,7 +170,7 @@ def may_be_wanted(module: str, wanted: Iterable[str]) -> bool:
     (False, True)
     """
     matrix = Matrix(module, matrix_label(module), layer_index(module), False, (0, 0))
-    return _last(module) == "c_attn" or any(_selector(word)(matrix) for word in wanted)
+    return _last(module) in fused.NAMES or any(_selector(word)(matrix) for word in wanted)
 
 
 def matrix_label(module: str) -> str:
@@ -246,16 +250,13 @@ def _prefixes(modules: Iterable[str], depth: int = 3) -> list[str]:
     return ["", *sorted(head for head in heads if not any(c.isdigit() for c in head.split(".")))]
 
 
-def _parts(module: str, shape: tuple[int, int], turned: bool) -> list[Matrix]:
+def _parts(
+    module: str, shape: tuple[int, int], turned: bool, config: Mapping[str, Any]
+) -> list[Matrix]:
     """Give the matrix of a module, or one per part where the module fuses several."""
-    layer, (rows, features) = layer_index(module), shape
-    count = rows // features if rows % features == 0 else 0
-    if _last(module) == "c_attn" and count in _FUSED_GPT2:
-        starts = range(0, rows, features)
-        return [
-            Matrix(module, label, layer, turned, shape, range(start, start + features))
-            for label, start in zip(_FUSED_GPT2[count], starts, strict=True)
-        ]
+    layer = layer_index(module)
+    if parts := fused.parts(_last(module), shape, config):
+        return [Matrix(module, label, layer, turned, shape, part) for label, part in parts.items()]
     return [Matrix(module, matrix_label(module), layer, turned, shape)]
 
 

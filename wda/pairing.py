@@ -73,7 +73,11 @@ def pair(
         held = [matrix for matrix in selected if matrix.module in in_base]
         problems.extend(_problems(member, in_base, base, selected))
         if not held and not member.checkpoint.holds_all():
-            changed = {m.label for m in find_matrices(base.tensors.shapes) if m.module in in_base}
+            changed = {
+                m.label
+                for m in find_matrices(base.tensors.shapes, config=base.config)
+                if m.module in in_base
+            }
             raise SelectionError(
                 f"{member.checkpoint.path}: this adapter changes none of the matrices "
                 f"{', '.join(wanted)}; it changes {listing(sorted(changed))}; choose those"
@@ -147,7 +151,7 @@ def _base_matrices(
         )
 
     shapes = base.tensors.shapes_of(f"{module}.weight" for module in modules)
-    return find_matrices(shapes, says_transposed)
+    return find_matrices(shapes, says_transposed, base.config)
 
 
 def _problems(

@@ -6,7 +6,7 @@ import re
 from typing import Self
 
 from wda.checkpoints.checkpoint import Checkpoint
-from wda.checkpoints.tensors import Tensors, first_file, open_tensors
+from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
 from wda.errors import CheckpointError
 from wda.naming import Matrix
 from wda.places import Place
@@ -28,7 +28,13 @@ STEP_FILE = re.compile(r"(?:.*\D)?step=(\d+)(?:-.*)?\.ckpt")
 
 
 class FullCheckpoint(Checkpoint):
-    """A whole model: the base itself, or the result of full fine-tuning."""
+    """A whole model: the base itself, or the result of full fine-tuning.
+
+    Attributes
+    ----------
+    config : dict
+        Its ``config.json``; empty where there is none.
+    """
 
     layout = "whole model"
     method = "ft"
@@ -36,6 +42,8 @@ class FullCheckpoint(Checkpoint):
     def __init__(self, path: Place, tensors: Tensors) -> None:
         self.path = path
         self.tensors = tensors
+        config = path / "config.json"
+        self.config = read_json(config) if path.is_dir() and config.is_file() else {}
         # By name alone: to know which of them are vectors, every shard would have to be opened.
         self.modules = frozenset(
             name.removesuffix(".weight") for name in tensors if name.endswith(".weight")

@@ -31,6 +31,20 @@ ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_bigcode": ("h.0.attn", {"n_embd": 24, "n_head": 4, "n_layer": 1, "multi_query": True}),
+    "gpt_bigcode, a key for each head": (
+        "h.0.attn",
+        {"n_embd": 24, "n_head": 4, "n_layer": 1, "multi_query": False},
+    ),
+    "gpt_neox": ("layers.0.attention", {"rotary_pct": 0.5}),
+    "bloom": ("h.0.self_attention", {"hidden_size": 24, "n_head": 4, "n_layer": 1}),
+    "persimmon": ("layers.0.self_attn", {"hidden_size": 32, "qk_layernorm": False}),
+    "falcon": ("h.0.self_attention", {"multi_query": True, "alibi": False}),
+    "falcon, a key for each head": ("h.0.self_attention", {"multi_query": False, "alibi": True}),
+    "falcon, groups": (
+        "h.0.self_attention",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    ),
+    "codegen": ("h.0.attn", {"n_embd": 32, "n_head": 8, "n_layer": 1, "rotary_dim": 4}),
 }
 COMMON = {
     "hidden_size": 24,
@@ -68,7 +82,7 @@ def output_of(model: nn.Module, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_query_key_and_value_are_what_attention_makes_of_them(kind: str) -> None:
     place, options = ATTENTION[kind]
-    model, config = tiny(kind, options)
+    model, config = tiny(kind.partition(",")[0], options)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {m.label: m for m in find_matrices(shapes, config=config) if m.module.startswith(place)}
     assert {"query", "key", "value"} <= set(found)
@@ -81,7 +95,8 @@ def test_query_key_and_value_are_what_attention_makes_of_them(kind: str) -> None
     def with_changes(**sizes: float) -> torch.Tensor:
         stored.copy_(original)
         for label, size in sizes.items():
-            stored[found[label].rows] *= size
+            for some in found[label].rows_of_stored():
+                stored[some] *= size
         return output_of(model, place)
 
     whole = with_changes()
@@ -92,8 +107,7 @@ def test_query_key_and_value_are_what_attention_makes_of_them(kind: str) -> None
     # What attention gives is linear in the values, up to the bias of what comes behind.
     nothing = with_changes(value=0)
     assert torch.allclose(with_changes(value=3) - nothing, 3 * (whole - nothing))
-    assert len(found["query"].part or ()) == 24
-    assert found["query"].shape[1] == 24
+    assert found["query"].shape == (stored.shape[1], stored.shape[1])
 
 
 @torch.no_grad()
@@ -103,16 +117,22 @@ def test_gate_and_up(kind: str = "phi3") -> None:
     found = {m.label: m for m in find_matrices(shapes, config=config)}
     stored = model.get_submodule(found["up"].module).weight
     whole = output_of(model, "layers.0.mlp")
-    stored[found["up"].rows] *= 3
+    stored[found["up"].rows_of_stored()[0]] *= 3
     assert torch.allclose(output_of(model, "layers.0.mlp"), 3 * whole)
-    stored[found["gate"].rows] *= 3
+    stored[found["gate"].rows_of_stored()[0]] *= 3
     assert not torch.allclose(output_of(model, "layers.0.mlp"), 9 * whole)
 
 
-def test_interleaved_heads_are_left_whole() -> None:
-    config = {"model_type": "gpt_bigcode", "multi_query": False, "n_head": 4, "n_embd": 24}
-    (matrix,) = find_matrices({"h.0.attn.c_attn.weight": (72, 24)}, config=config)
-    assert (matrix.label, matrix.part) == ("c_attn", None)
+def test_what_does_not_add_up_is_left_whole() -> None:
+    name = "layers.0.attention.query_key_value"
+    for rows, config in (
+        (72, {}),
+        (72, {"model_type": "gpt_neox", "hidden_size": 24}),
+        (70, {"model_type": "gpt_neox", "hidden_size": 24, "num_attention_heads": 4}),
+        (24, {"model_type": "gpt_neox", "hidden_size": 24, "num_attention_heads": 4}),
+    ):
+        (matrix,) = find_matrices({f"{name}.weight": (rows, 24)}, config=config)
+        assert (matrix.label, matrix.part) == ("query_key_value", None)
 
 
 def test_the_parts_of_a_checkpoint_are_measured_apart(tmp_path: Path) -> None:

@@ -101,9 +101,9 @@ def test_gpt2_is_turned_and_split() -> None:
     matrices = find_matrices(shapes_of(config))
     first = [m for m in matrices if m.module == "h.0.attn.c_attn"]
     assert [(m.label, m.shape, m.part) for m in first] == [
-        ("query", (24, 24), range(24)),
-        ("key", (24, 24), range(24, 48)),
-        ("value", (24, 24), range(48, 72)),
+        ("query", (24, 24), (range(24),)),
+        ("key", (24, 24), (range(24, 48),)),
+        ("value", (24, 24), (range(48, 72),)),
     ]
     stored = torch.arange(24 * 72).reshape(24, 72)
     assert torch.equal(first[2].take(stored), stored[:, 48:].T)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wda import fused
@@ -66,8 +67,9 @@ class Matrix:
         Whether the file holds it as (in_features, out_features), as GPT-2's ``Conv1D`` does.
     stored_shape : tuple of int
         (out_features, in_features) of the whole stored matrix.
-    part : range or None
-        Which of its output features are this matrix, when it is a fused projection.
+    part : tuple of range or None
+        Which of its output features are this matrix, when it is a fused projection; several ranges
+        where the heads of its parts lie among each other.
     """
 
     module: str
@@ -75,31 +77,41 @@ class Matrix:
     layer: int | None
     stored_transposed: bool
     stored_shape: tuple[int, int]
-    part: range | None = None
+    part: tuple[range, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features) of this matrix."""
         out_features, in_features = self.stored_shape
-        return (out_features if self.part is None else len(self.part)), in_features
+        return sum(map(len, self.part or (range(out_features),))), in_features
 
     @property
-    def rows(self) -> slice:
-        """Rows of the stored matrix, brought to (out_features, in_features), that are this one."""
-        return slice(None) if self.part is None else slice(self.part.start, self.part.stop)
+    def scattered(self) -> bool:
+        """Whether its rows do not lie one behind the other, so that they have to be gathered."""
+        return self.part is not None and len(self.part) > 1
 
-    def rows_of_stored(self, rows: slice | None = None) -> slice:
-        """Tell which rows of the stored matrix some rows of this one are."""
+    def rows_of_stored(self, rows: slice | None = None) -> list[slice]:
+        """Tell which rows of the stored matrix, seen as (out, in), some rows of this one are."""
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
-        start = 0 if self.part is None else self.part.start
-        return slice(start + first, start + last)
+        found, passed = [], 0
+        for piece in self.part or (range(self.stored_shape[0]),):
+            start, stop = max(first - passed, 0), min(last - passed, len(piece))
+            if start < stop:
+                found.append(slice(piece.start + start, piece.start + stop))
+            passed += len(piece)
+        return found
 
     def take(self, stored: Tensor) -> Tensor:
         """Bring a stored tensor to (out_features, in_features), and to this part of it."""
-        return (stored.T if self.stored_transposed else stored)[self.rows]
+        return pick(stored.T if self.stored_transposed else stored, self.rows_of_stored())
 
     def __str__(self) -> str:
         return self.module if self.part is None else f"{self.module} ({self.label} part)"
+
+
+def pick(tensor: Tensor, rows: Sequence[slice]) -> Tensor:
+    """Give some rows of a tensor one behind the other; a view where they lie so."""
+    return tensor[rows[0]] if len(rows) == 1 else torch.cat([tensor[some] for some in rows])
 
 
 def find_matrices(

@@ -168,8 +168,9 @@ def cut(base: FullCheckpoint, pairing: Pairing, per: Per, work: Work) -> list[Pa
     blocks: Iterable[slice | None] = [None]
     if per == "output" and not matrix.stored_transposed:
         elements = UNIT_ELEMENTS // len(sources)
-        if base.is_remote or any(source.checkpoint.is_remote for source in sources):
-            # What is fetched is held; of at most 4 bytes an element, four updates fit at a time.
+        far = base.is_remote or any(source.checkpoint.is_remote for source in sources)
+        if far or matrix.scattered:
+            # What is fetched or gathered is held; four updates of 4-byte numbers fit at a time.
             elements = min(elements, work.held_bytes // 16)
         blocks = row_blocks(matrix.shape, elements)
     return [Part(base, matrix, sources, per, rows, work.held_bytes, work.device) for rows in blocks]

@@ -107,7 +107,8 @@ class Checkpoint(ABC):
         moved : bool
             Whether it is moved to a device. Where it is not, what stays mapped takes none.
         """
-        names = [n for n in self.tensors_of(module) if moved or self.tensors.is_remote(n)]
+        held = moved or matrix.scattered
+        names = [n for n in self.tensors_of(module) if held or self.tensors.is_remote(n)]
         share = len(range(*(rows or ALL).indices(matrix.shape[0])))
         return sum(self.tensors[name].nbytes for name in names) * share // matrix.stored_shape[0]
 

@@ -16,7 +16,7 @@ from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.full import WEIGHT_FILES
 from wda.checkpoints.tensors import ALL, Tensors, first_file, open_tensors, read_json
 from wda.errors import CheckpointError, listing
-from wda.naming import Matrix
+from wda.naming import Matrix, pick
 from wda.places import Place
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
@@ -106,7 +106,7 @@ class PeftCheckpoint(Checkpoint):
         if module not in self._names["magnitude"]:
             return low_rank
         magnitude = self.tensors.read(self._names["magnitude"][module], again=True)
-        return WeightDecomposed(low_rank, magnitude.flatten()[some])
+        return WeightDecomposed(low_rank, pick(magnitude.flatten(), some))
 
     def held_bytes(
         self, module: str, matrix: Matrix, rows: slice | None = None, moved: bool = False

@@ -12,7 +12,7 @@ import pickle
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from wda.checkpoints.entry import Entry, WeightFile, state_of
 from wda.checkpoints.remote_safetensors import nbytes_of, open_remote_safetensors
 from wda.checkpoints.state_dicts import tensors_within, without_wrappers
 from wda.errors import CheckpointError, listing
-from wda.naming import Matrix
+from wda.naming import Matrix, pick
 from wda.places import Place
 from wda.remote import RemotePlace, at_once
 
@@ -93,7 +93,7 @@ class Tensors(Mapping[str, Entry]):
                 "copy it again"
             )
 
-    def read(self, name: str, again: bool = False, rows: slice = ALL) -> Tensor:
+    def read(self, name: str, again: bool = False, rows: Sequence[slice] = (ALL,)) -> Tensor:
         """Give the values of one tensor, or of some of its rows.
 
         Parameters
@@ -103,18 +103,20 @@ class Tensors(Mapping[str, Entry]):
         again : bool
             Whether it will soon be asked for again, as one that fuses several matrices is; it is
             then kept for a while, so that it travels once.
-        rows : slice
+        rows : sequence of slice
             The rows wanted; of a tensor that lies elsewhere no others are fetched.
         """
         entry = self[name]
-        if not again or not isinstance(entry.file, RemotePlace):
-            return entry.read(rows)
+        far = isinstance(entry.file, RemotePlace)
+        if not (far and again):
+            read = at_once(entry.read, rows) if far else list(map(entry.read, rows))
+            return read[0] if len(read) == 1 else torch.cat(read)
         with self._lock:
             if name not in self._kept:
                 self._kept[name] = entry.read(ALL)
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
-            return self._kept[name][rows]
+            return pick(self._kept[name], rows)
 
     def read_matrix(self, name: str, matrix: Matrix, rows: slice | None = None) -> Tensor:
         """Give a stored weight as (out_features, in_features), or some rows of that.

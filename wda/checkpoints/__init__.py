@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.full import STEP_FILE, WEIGHT_FILES, FullCheckpoint
+from wda.checkpoints.nvlabs import NvlabsCheckpoint
 from wda.checkpoints.peft import ADAPTER_FILES, PeftCheckpoint
 from wda.errors import CheckpointError
 from wda.places import Place
@@ -12,7 +13,7 @@ from wda.remote import RemotePlace
 __all__ = ["LAYOUTS", "STEP_FILE", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpoint"]
 
 # The first layout that recognises a folder reads it; the more telling ones come first.
-LAYOUTS: tuple[type[Checkpoint], ...] = (PeftCheckpoint, FullCheckpoint)
+LAYOUTS: tuple[type[Checkpoint], ...] = (NvlabsCheckpoint, PeftCheckpoint, FullCheckpoint)
 
 
 def open_checkpoint(path: Place) -> Checkpoint:

@@ -12,17 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Self
 
-from wda.checkpoints.checkpoint import Checkpoint
+from wda.checkpoints.adapter import CONFIG_FILE, Adapter
 from wda.checkpoints.full import WEIGHT_FILES
-from wda.checkpoints.tensors import ALL, Tensors, first_file, open_tensors, read_json
+from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
 from wda.errors import CheckpointError, listing
-from wda.naming import Matrix, pick
 from wda.places import Place
-from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
-CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 
 # What a tensor is → how its name ends, after the module's path.
 _ENDINGS = {
@@ -47,22 +43,16 @@ _REFUSED = (
 )
 
 
-class PeftCheckpoint(Checkpoint):
+class PeftCheckpoint(Adapter):
     """An adapter folder: ``adapter_config.json`` and the adapter's tensors."""
 
     layout = "PEFT adapter"
 
+    endings = _ENDINGS
+
     def __init__(self, path: Place, config: Mapping[str, Any], tensors: Tensors) -> None:
-        self.path = path
-        self.config = config
-        self.tensors = tensors
+        super().__init__(path, config, tensors)
         self.method = "dora" if config.get("use_dora") else "lora"
-        self.base = config.get("base_model_name_or_path") or None
-        self._names, self.unread = _sort(tensors)
-        self._check()
-        self.required = frozenset(self._names["A"])
-        # "whole" are modules trained whole beside the adapter (`modules_to_save`).
-        self.modules = self.required | set(self._names["whole"])
 
     @classmethod
     def open(cls, path: Place) -> Self | None:
@@ -82,61 +72,15 @@ class PeftCheckpoint(Checkpoint):
             )
         return cls(path, read_json(path / CONFIG_FILE), open_tensors(file))
 
-    def holds_all(self) -> bool:
-        """Tell that an absent matrix is one the adapter leaves alone."""
-        return False
-
-    def stored_shape(self, module: str, matrix: Matrix) -> tuple[int, int]:
-        """Give the shape of B·A, or of a whole weight beside it."""
-        if module in self.required:
-            return self._shape("B", module)[0], self._shape("A", module)[1]
-        rows, features = self._shape("whole", module)
-        return (features, rows) if matrix.stored_transposed else (rows, features)
-
-    def update(self, module: str, matrix: Matrix, rows: slice | None = None) -> Update:
-        """Give W0 + s·B·A, or its weight-decomposed form where there is a magnitude."""
-        if module not in self.required:
-            name = self._names["whole"][module]
-            return Dense(self.tensors.read_matrix(name, matrix, rows))
-        some = matrix.rows_of_stored(rows)
-        # A serves all rows of all parts of a matrix, and is asked for again with each.
-        a = self.tensors.read(self._names["A"][module], again=True)
-        b = self.tensors.read(self._names["B"][module], rows=some)
-        low_rank = LowRank(a, b, self.scaling(module))
-        if module not in self._names["magnitude"]:
-            return low_rank
-        magnitude = self.tensors.read(self._names["magnitude"][module], again=True)
-        return WeightDecomposed(low_rank, pick(magnitude.flatten(), some))
-
-    def held_bytes(
-        self, module: str, matrix: Matrix, rows: slice | None = None, moved: bool = False
-    ) -> int:
-        """Give the memory of the factors, which are widened to float64."""
-        if module not in self.required:
-            return super().held_bytes(module, matrix, rows, moved)
-        share = len(range(*(rows or ALL).indices(matrix.shape[0])))
-        rank, features = self._shape("A", module)
-        return 8 * rank * (features + share)
-
-    def meaning(self, module: str) -> tuple[object, ...] | None:
-        """Give the scaling, beside what all layouts tell."""
-        stored = super().meaning(module)
-        return stored and (*stored, self.scaling(module) if module in self.required else None)
-
-    def tensors_of(self, module: str) -> tuple[str, ...]:
-        """Name the factors and the magnitude, or the whole weight beside the adapter."""
-        kinds = ("A", "B", "magnitude") if module in self.required else ("whole",)
-        return tuple(self._names[kind][module] for kind in kinds if module in self._names[kind])
-
     def says_transposed(self, module: str, stored: tuple[int, int]) -> bool:
         """Tell whether ``fan_in_fan_out`` holds for a base matrix of this stored shape."""
-        if module not in self.required or not self.config.get("fan_in_fan_out"):
+        if module not in self._names["A"] or not self.config.get("fan_in_fan_out"):
             return False
-        return stored == (self._shape("A", module)[1], self._shape("B", module)[0])
+        return stored == (self.shape("A", module)[1], self.shape("B", module)[0])
 
     def scaling(self, module: str) -> float:
         """Give the factor s of a module: α/r, or α/√r for rsLoRA, with the module's own α and r."""
-        rank = self._shape("A", module)[0]
+        rank = self.shape("A", module)[0]
         alpha = self._setting("alpha_pattern", module, "lora_alpha")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -147,10 +91,7 @@ class PeftCheckpoint(Checkpoint):
                 return float(value)
         return float(self.config[default_field])
 
-    def _shape(self, kind: str, module: str) -> tuple[int, ...]:
-        return self.tensors[self._names[kind][module]].shape
-
-    def _check(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot be read right."""
         config_file = self.path / CONFIG_FILE
         if self.config.get("peft_type") != "LORA":
@@ -174,31 +115,21 @@ class PeftCheckpoint(Checkpoint):
                 f"{config_file}: {listing(refused)} changes what the tensors mean and is not read "
                 "yet; merge the adapter with peft and compare the merged model"
             )
-        a, b = set(self._names["A"]), set(self._names["B"])
-        if a != b:
-            raise CheckpointError(
-                f"{self.path}: lora_A and lora_B do not belong together; only one of the two "
-                f"exists for {listing(sorted(a ^ b))}"
-            )
-        if not a:
-            raise CheckpointError(
-                f"{self.path}: no tensor ends in lora_A.weight; found {listing(self.tensors, 4)}"
-            )
+        super().check()
         self._check_ranks()
         self._check_magnitudes()
 
     def _check_ranks(self) -> None:
-        wrong = []
-        for module in sorted(self._names["A"]):
-            shape_a, shape_b = self._shape("A", module), self._shape("B", module)
-            if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
-                wrong.append(f"{module} (A {shape_a}, B {shape_b})")
-            elif shape_a[0] != (rank := self._setting("rank_pattern", module, "r")):
-                wrong.append(f"{module} (rank {shape_a[0]} in the file, {rank:g} in the config)")
+        ranks = {module: self.shape("A", module)[0] for module in sorted(self._names["A"])}
+        wrong = [
+            f"{module} (rank {rank} in the file, {declared:g} in the config)"
+            for module, rank in ranks.items()
+            if rank != (declared := self._setting("rank_pattern", module, "r"))
+        ]
         if wrong:
             raise CheckpointError(
-                f"{self.path}: factors that do not fit each other or {CONFIG_FILE}: "
-                f"{listing(wrong, 6)}; weights and config must come from one training"
+                f"{self.path}: factors that do not fit {CONFIG_FILE}: {listing(wrong, 6)}; "
+                "weights and config must come from one training"
             )
 
     def _check_magnitudes(self) -> None:
@@ -215,27 +146,3 @@ class PeftCheckpoint(Checkpoint):
                 f"{listing(missing)}; save the adapter again with its magnitudes, nothing stands "
                 "in for them"
             )
-        wrong = [
-            f"{module} ({self._shape('magnitude', module)})"
-            for module in sorted(magnitudes)
-            if math.prod(self._shape("magnitude", module)) != self._shape("B", module)[0]
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{self.path}: a magnitude needs one number per output feature; wrong for "
-                f"{listing(wrong, 6)}"
-            )
-
-
-def _sort(tensors: Tensors) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
-    """Sort an adapter's tensors: kind → module → tensor name, and the names that fit no kind."""
-    names: dict[str, dict[str, str]] = {kind: {} for kind in _ENDINGS}
-    unread = []
-    for name, entry in tensors.items():
-        kind = next((kind for kind, end in _ENDINGS.items() if end.search(name)), None)
-        if kind is None or (kind == "whole" and len(entry.shape) != 2):
-            unread.append(name)
-        else:
-            module = _ENDINGS[kind].sub("", name).removeprefix(PREFIX)
-            names[kind][module] = name
-    return names, tuple(unread)

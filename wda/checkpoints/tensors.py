@@ -12,7 +12,7 @@ import pickle
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,6 +92,12 @@ class Tensors(Mapping[str, Entry]):
                 f"{self._source}: tensors named in it are in no shard: {listing(absent)}; "
                 "copy it again"
             )
+
+    def joined(self, other: Tensors, chosen: Callable[[str], object]) -> Tensors:
+        """Give these and the chosen ones of another file's together."""
+        more = {name: place for name, place in other._where.items() if chosen(name)}
+        files = [*self._opened.values(), *other._opened.values()]
+        return Tensors({**self._where, **more}, self._source, files)
 
     def read(self, name: str, again: bool = False, rows: Sequence[slice] = (ALL,)) -> Tensor:
         """Give the values of one tensor, or of some of its rows.

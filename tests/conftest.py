@@ -92,6 +92,16 @@ def save_pico_adapter(
     return tensors
 
 
+# Put before a command, lets it hear Ctrl-C also where the suite runs in the background, which does
+# not.
+HEARING_CTRL_C = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])",
+]
+
+
 WDA = Path(sys.executable).parent / "wda"
 
 

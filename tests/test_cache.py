@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import moved, pico_weights, save_model, save_pico_adapter, wda_command
+from conftest import HEARING_CTRL_C, moved, pico_weights, save_model, save_pico_adapter, wda_command
 from servers import Files, serving
 
 import wda
@@ -158,7 +158,7 @@ def test_an_interrupted_comparison_continues(
     measured: list[object],
 ) -> None:
     code = textwrap.dedent(KILLED.format(signal=int(way)))
-    command = [sys.executable, "-c", code, base, runs["ft"], tmp_path / "c"]
+    command = [*HEARING_CTRL_C, sys.executable, "-c", code, base, runs["ft"], tmp_path / "c"]
     done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
     assert done.returncode != 0
     table = compare(runs["ft"], base, tmp_path / "c").table

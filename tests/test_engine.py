@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import WDA, moved, pico_weights, save_model
+from conftest import HEARING_CTRL_C, WDA, moved, pico_weights, save_model
 from servers import STALL, Files, serving
 
 import wda
@@ -125,7 +125,8 @@ main()
 
 def interrupted(command: list[object], ready: Callable[[], bool]) -> tuple[float, int, str]:
     """Send Ctrl-C when ready; give the seconds it took to end, the code and standard error."""
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    command = [*HEARING_CTRL_C, *map(str, command)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not ready():
         assert process.poll() is None, process.stderr and process.stderr.read()

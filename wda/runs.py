@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import yaml
 
-from wda.checkpoints import STEP_FILE, Checkpoint, open_checkpoint
+from wda.checkpoints import LAYOUTS, Checkpoint, open_checkpoint, step_in
 from wda.errors import CheckpointError, LocationError, listing
 from wda.locations import locate
 from wda.manifest import Run
@@ -16,8 +15,6 @@ from wda.places import Place
 from wda.remote import RemotePlace, at_once
 
 RECIPE_FILE = "recipe.yaml"
-
-_STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def _find(run: Run) -> list[_Found]:
 def step_folders(folder: Place, run: Run) -> list[Place]:
     """Give the ``checkpoint-<step>`` folders a run uses, or the folder itself if it has none.
 
-    Lightning's files ``epoch=1-step=200.ckpt`` count as such folders.
+    Files of steps, as ``epoch=1-step=200.ckpt`` of Lightning, count as such folders.
 
     A model saved beside such folders is left alone: a trainer saves its last checkpoint there once
     more. Where a folder cannot be listed, the steps that the manifest names are taken at its word.
@@ -112,7 +109,7 @@ def step_folders(folder: Place, run: Run) -> list[Place]:
     if isinstance(folder, RemotePlace) and not folder.listable and run.steps:
         return [folder / f"checkpoint-{step}" for step in sorted(run.steps)]
     children = folder.iterdir() if folder.is_dir() else ()
-    by_step = {step: f for f in children if (step := _step_in(f.name)) is not None}
+    by_step = {step: f for f in children if (step := step_in(f.name, *LAYOUTS)) is not None}
     if not by_step:
         return [folder]
     absent = sorted(set(run.steps or ()) - set(by_step))
@@ -122,11 +119,6 @@ def step_folders(folder: Place, run: Run) -> list[Place]:
             f"it has {listing(sorted(by_step))}"
         )
     return [by_step[step] for step in sorted(by_step) if run.steps is None or step in run.steps]
-
-
-def _step_in(name: str) -> int | None:
-    match = _STEP_FOLDER.fullmatch(name) or STEP_FILE.fullmatch(name)
-    return int(match.group(1)) if match else None
 
 
 def _recorded_seed(folder: Place) -> int | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from wda.checkpoints.checkpoint import Checkpoint
-from wda.checkpoints.full import STEP_FILE, WEIGHT_FILES, FullCheckpoint
+from wda.checkpoints.checkpoint import Checkpoint, step_in
+from wda.checkpoints.full import WEIGHT_FILES, FullCheckpoint
+from wda.checkpoints.mlx import MlxCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
 from wda.checkpoints.peft import ADAPTER_FILES, PeftCheckpoint
 from wda.errors import CheckpointError
 from wda.places import Place
 from wda.remote import RemotePlace
 
-__all__ = ["LAYOUTS", "STEP_FILE", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpoint"]
+__all__ = ["LAYOUTS", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpoint", "step_in"]
 
 # The first layout that recognises a folder reads it; the more telling ones come first.
-LAYOUTS: tuple[type[Checkpoint], ...] = (NvlabsCheckpoint, PeftCheckpoint, FullCheckpoint)
+LAYOUTS: tuple[type[Checkpoint], ...] = (
+    NvlabsCheckpoint,
+    MlxCheckpoint,
+    PeftCheckpoint,
+    FullCheckpoint,
+)
 
 
 def open_checkpoint(path: Place) -> Checkpoint:

@@ -34,11 +34,14 @@ class Adapter(Checkpoint):
     endings : mapping
         What a tensor is (``A``, ``B``, ``magnitude``, ``whole`` weight, ``frozen``) → how its name
         ends, after the module's path. The first that fits counts.
+    factors_transposed : bool
+        Whether the file holds A as (in, rank) and B as (rank, out).
     config : mapping
         What its configuration file says.
     """
 
     endings: ClassVar[Mapping[str, re.Pattern[str]]]
+    factors_transposed: ClassVar[bool] = False
 
     def __init__(self, path: Place, config: Mapping[str, Any], tensors: Tensors) -> None:
         self.path, self.config, self.tensors = path, config, tensors
@@ -86,6 +89,9 @@ class Adapter(Checkpoint):
             return LowRank(*_empty(vectors, matrix.stored_shape[1], dtype), scaling=0.0)
         # A serves all rows of all parts of a matrix, and is asked for again with each.
         a = self.tensors.read(self._names["A"][module], again=True)
+        if self.factors_transposed:
+            b = pick(self.tensors.read(self._names["B"][module], again=True).T, some)
+            return LowRank(a.T, b, self.scaling(module))
         b = self.tensors.read(self._names["B"][module], rows=some)
         return LowRank(a, b, self.scaling(module))
 
@@ -110,8 +116,9 @@ class Adapter(Checkpoint):
         return tuple(self._names[kind][module] for kind in kinds if module in self._names[kind])
 
     def shape(self, kind: str, module: str) -> tuple[int, ...]:
-        """Give the stored shape of a module's tensor of a kind."""
-        return self.tensors[self._names[kind][module]].shape
+        """Give the shape of a module's tensor of a kind: A as (rank, in), B as (out, rank)."""
+        stored = self.tensors[self._names[kind][module]].shape
+        return stored[::-1] if self.factors_transposed and kind in ("A", "B") else stored
 
     def check(self) -> None:
         """Refuse factors and magnitudes that do not fit each other.

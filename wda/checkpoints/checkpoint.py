@@ -19,6 +19,8 @@ from wda.places import Place
 from wda.remote import RemotePlace
 from wda.updates import Update
 
+_STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
+
 
 class Checkpoint(ABC):
     """One checkpoint on disk; a layout is a subclass in a module of its own.
@@ -27,6 +29,8 @@ class Checkpoint(ABC):
     ----------
     layout : str
         Name of the layout, shown to the user.
+    step_files : re.Pattern or None
+        How it names the files of a run's steps, where each is a file, with the step in a group.
     path : Place
         The folder or file it was opened from.
     method : str
@@ -44,6 +48,7 @@ class Checkpoint(ABC):
     """
 
     layout: ClassVar[str]
+    step_files: ClassVar[re.Pattern[str] | None] = None
 
     path: Place
     method: str
@@ -156,13 +161,20 @@ class Checkpoint(ABC):
     @property
     def step(self) -> int | None:
         """Training step: from the folder's name, else from what the trainer wrote into it."""
-        if match := re.fullmatch(r"checkpoint-(\d+)", self.path.name):
-            return int(match.group(1))
+        if (step := step_in(self.path.name, type(self))) is not None:
+            return step
         state = self.path / "trainer_state.json"
         if not state.is_file():
             return None
         step = read_json(state).get("global_step")
         return step if isinstance(step, int) else None
+
+
+def step_in(name: str, *layouts: type[Checkpoint]) -> int | None:
+    """Give the training step that a file or folder of one of these layouts has in its name."""
+    patterns = [_STEP_FOLDER, *(layout.step_files for layout in layouts)]
+    found = (pattern.fullmatch(name) for pattern in patterns if pattern is not None)
+    return next((int(match.group(1)) for match in found if match), None)
 
 
 @dataclass(frozen=True)

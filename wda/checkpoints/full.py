@@ -24,7 +24,7 @@ WEIGHT_FILES = (
 _ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt")
 
 # Lightning's names of files: epoch=1-step=200.ckpt, and a version behind when there are several.
-STEP_FILE = re.compile(r"(?:.*\D)?step=(\d+)(?:-.*)?\.ckpt")
+_STEP_FILES = re.compile(r"(?:.*\D)?step=(\d+)(?:-.*)?\.ckpt")
 
 
 class FullCheckpoint(Checkpoint):
@@ -38,6 +38,7 @@ class FullCheckpoint(Checkpoint):
 
     layout = "whole model"
     method = "ft"
+    step_files = _STEP_FILES
 
     def __init__(self, path: Place, tensors: Tensors) -> None:
         self.path = path
@@ -62,12 +63,6 @@ class FullCheckpoint(Checkpoint):
                 "adapter_config.json that gives their scaling; save it with save_pretrained()"
             )
         return cls(path, tensors)
-
-    @property
-    def step(self) -> int | None:
-        """Training step: also from the name of Lightning's file."""
-        match = STEP_FILE.fullmatch(self.path.name)
-        return int(match.group(1)) if match else super().step
 
     def holds_all(self) -> bool:
         """Tell that an absent matrix is missing: a whole model holds all of them."""

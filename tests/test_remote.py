@@ -366,7 +366,7 @@ def test_every_dtype_comes_as_it_is_stored(site: tuple[type[Files], str]) -> Non
             near[name].nbytes,
         )
     some = slice(1, 2)
-    assert torch.equal(far.read("F32", rows=some), numbers[some].float())
+    assert torch.equal(far.read("F32", rows=[some]), numbers[some].float())
 
 
 @pytest.mark.parametrize(
@@ -772,7 +772,10 @@ def test_a_hub_repository_is_read_in_parts(
     comparison = wda.compare(tmp_path / "a", base="hf://org/pico@v1", progress=False)
     same(comparison.table, expected)
     chosen = chosen_bytes(pico_weights(), "query", "value")
-    assert dict(hub.served) == {WEIGHTS: chosen + header_of(hub.folder / WEIGHTS)}
+    assert dict(hub.served) == {
+        WEIGHTS: chosen + header_of(hub.folder / WEIGHTS),
+        "config.json": (hub.folder / "config.json").stat().st_size,
+    }
     assert told.tensor_bytes + told.header_bytes == hub.served[WEIGHTS]
     assert set(hub.authorized) == {"Bearer hf_secret"}
     assert comparison.provenance["base"] == {

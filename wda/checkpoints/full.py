@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Any, Self
 
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
@@ -28,13 +28,7 @@ _STEP_FILES = re.compile(r"(?:.*\D)?step=(\d+)(?:-.*)?\.ckpt")
 
 
 class FullCheckpoint(Checkpoint):
-    """A whole model: the base itself, or the result of full fine-tuning.
-
-    Attributes
-    ----------
-    config : dict
-        Its ``config.json``; empty where there is none.
-    """
+    """A whole model: the base itself, or the result of full fine-tuning."""
 
     layout = "whole model"
     method = "ft"
@@ -43,12 +37,20 @@ class FullCheckpoint(Checkpoint):
     def __init__(self, path: Place, tensors: Tensors) -> None:
         self.path = path
         self.tensors = tensors
-        config = path / "config.json"
-        self.config = read_json(config) if path.is_dir() and config.is_file() else {}
+        self._config: dict[str, Any] | None = None
         # By name alone: to know which of them are vectors, every shard would have to be opened.
         self.modules = frozenset(
             name.removesuffix(".weight") for name in tensors if name.endswith(".weight")
         )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its ``config.json``, read when it is first asked for; empty where there is none."""
+        if self._config is None:
+            file = self.path / "config.json"
+            known = self.path.is_dir() and file.is_file()
+            self._config = read_json(file) if known else {}
+        return self._config
 
     @classmethod
     def open(cls, path: Place) -> Self | None:

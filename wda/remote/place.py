@@ -100,6 +100,8 @@ class RemotePlace:
 
     def read_text(self, encoding: str | None = None) -> str:
         """Give the whole file as text; for small ones."""
+        if (copy := self.local) is not None:
+            return copy.read_text(encoding)
         return str(self.read(0, self._size()), encoding or "utf-8")
 
     def read(self, start: int, stop: int) -> bytearray:

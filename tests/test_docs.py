@@ -151,7 +151,7 @@ def test_notebooks_run_on_small_data(notebook: Path, short_demo: Path, tmp_path:
     assert pictures
 
 
-@pytest.mark.parametrize("page", ["clusters.md", "scaling.md", "benchmarks.md"])
+@pytest.mark.parametrize("page", ["benchmarks.md", "clusters.md", "formats.md", "scaling.md"])
 def test_the_pages_links_lead_somewhere(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)

@@ -111,8 +111,9 @@ def test_query_key_and_value_are_what_attention_makes_of_them(kind: str) -> None
 
 
 @torch.no_grad()
-def test_gate_and_up(kind: str = "phi3") -> None:
-    model, config = tiny(kind, ATTENTION[kind][1])
+@pytest.mark.parametrize("kind", ["phi3", "glm", "glm4"])
+def test_gate_and_up(kind: str) -> None:
+    model, config = tiny(kind, {"num_key_value_heads": 2, "head_dim": 6, "pad_token_id": 0})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {m.label: m for m in find_matrices(shapes, config=config)}
     stored = model.get_submodule(found["up"].module).weight

@@ -21,7 +21,7 @@ ROOMS: list[set[str]] = [
     {"updates"},
     {"checkpoints", "manifest"},
     {"runs", "figures"},
-    {"pairing"},
+    {"pairing", "inspection"},
     {"plan"},
     {"engine"},
     {"schedule"},
@@ -30,6 +30,7 @@ ROOMS: list[set[str]] = [
     {"adapters"},
     {"training"},
     {"demo"},
+    {"console"},
     {"cli"},
     {"__main__"},
 ]

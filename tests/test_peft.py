@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 
 import wda
 from wda.checkpoints import open_checkpoint
+from wda.errors import CheckpointError
 from wda.naming import layer_index
 
 BERT = transformers.BertConfig(
@@ -153,3 +155,21 @@ def test_scaling_is_pefts(tmp_path: Path) -> None:
         for module in checkpoint.required:
             layer = adapted.base_model.model.get_submodule(module)
             assert checkpoint.scaling(module) == pytest.approx(layer.scaling["default"], rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_models_own_state_dict_names_the_adapter(method: str, tmp_path: Path) -> None:
+    settings = {"target_modules": ["q_proj", "v_proj"], "use_dora": method == "dora"}
+    model, run = trained_adapter(LLAMA, settings, tmp_path)
+    saved = run / "checkpoint-7"
+    expected = wda.compare(run, base=tmp_path / "base", cache=False, progress=False).table
+    own = {k: t.float() for k, t in model.state_dict().items() if "lora_" in k}
+    assert any(".lora_A.default.weight" in name for name in own)
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save(own, saved / "adapter_model.bin")
+    found = wda.compare(run, base=tmp_path / "base", cache=False, progress=False).table
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    second = {name.replace(".default", ".other"): tensor for name, tensor in own.items()}
+    torch.save(own | second, saved / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="holds several adapters of model.layers.0"):
+        wda.compare(run, base=tmp_path / "base", progress=False)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from wda._version import __version__
 from wda.errors import WdaError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from wda.plan import Reading
-
 
 _WRITTEN = "tables, scatter.png, scatter.pdf, provenance.json"
 
@@ -173,6 +163,7 @@ def compare(
     """
     from wda.cluster import executor_of
     from wda.comparison import compare as run_compare
+    from wda.console import show_statistics
     from wda.files import staged_folder
     from wda.signals import explain_files_cut_short
 
@@ -183,8 +174,9 @@ def compare(
         raise typer.BadParameter("give one of --cache and --no-cache", param_hint="--no-cache")
     if dry_run:
         from wda.comparison import plan
+        from wda.console import show_plan
 
-        _show_plan(plan(what, base, matrices, progress=sys.stderr.isatty()), as_json)
+        show_plan(plan(what, base, matrices, progress=sys.stderr.isatty()), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with (
@@ -205,9 +197,35 @@ def compare(
         if folder is not None:
             comparison.write(folder)
     _say(*comparison.notes)
-    _show(comparison.statistics, as_json)
+    show_statistics(comparison.statistics, as_json)
     if out is not None:
         _say(f"written to {out}: {_WRITTEN}")
+
+
+@app.command()
+def inspect(
+    location: Annotated[
+        str, typer.Argument(metavar="LOCATION", help="A checkpoint, or a run of several.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all of it as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Tell what a checkpoint is: layout, method, rank and scaling, matrices, what is not read.
+
+    Headers and configurations are read, no tensor is. Of a run the newest checkpoint is told; with
+    --json all of them, matrix by matrix.
+
+    **Examples**
+
+        wda inspect runs/dora
+
+        wda inspect hf://org/adapter --json
+    """
+    from wda.console import show_inspection
+    from wda.inspection import inspect as run_inspect
+
+    show_inspection(run_inspect(location), as_json)
 
 
 @app.command()
@@ -225,12 +243,13 @@ def figures(
         wda figures figures/demo/table.parquet --out figures/again
     """
     from wda.comparison import reopen
+    from wda.console import show_statistics
     from wda.files import staged_folder
 
     with staged_folder(out) as folder:
         comparison = reopen(table)
         comparison.write(folder)
-    _show(comparison.statistics, as_json=False)
+    show_statistics(comparison.statistics, as_json=False)
     _say(f"written to {out}: {_WRITTEN}")
 
 
@@ -292,64 +311,15 @@ def demo(
 
         wda demo --steps 60 --methods lora,dora --seed 1
     """
+    from wda.console import show_statistics
     from wda.demo import run_demo
 
     chosen = [word for word in methods.split(",") if word]
     outcome = run_demo(chosen, steps, seed, fresh, runs, out, progress=sys.stderr.isatty())
-    _show(outcome.statistics, as_json=False)
+    show_statistics(outcome.statistics, as_json=False)
     for line in outcome.reading:
         typer.echo(line)
     _say(f"written to {out}: {_WRITTEN}")
-
-
-def _show(statistics: pd.DataFrame, as_json: bool) -> None:
-    """Print statistics on standard output, for a person or for a program."""
-    if as_json:
-        typer.echo(statistics.to_json(orient="records", indent=2, double_precision=15))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(box=None, header_style="bold", pad_edge=False)
-    for column in statistics.columns:
-        numeric = statistics[column].dtype.kind in "if"
-        shown.add_column(column, justify="right" if numeric else "left")
-    for row in statistics.itertuples(index=False):
-        shown.add_row(*map(_cell, row))
-    Console().print(shown)
-
-
-def _show_plan(readings: Sequence[Reading], as_json: bool) -> None:
-    """Print what would be read, for a person with a sum below or for a program."""
-    if as_json:
-        typer.echo(json.dumps([asdict(reading) for reading in readings], indent=2))
-        return
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    shown = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("run", "step", "location"):
-        shown.add_column(column, overflow="fold")
-    for column in ("tensors", "bytes", "bytes of headers"):
-        shown.add_column(column, justify="right")
-    for r in readings:
-        step = "–" if r.step is None else str(r.step)
-        counts = (r.tensors, r.tensor_bytes, r.header_bytes)
-        shown.add_row(r.run, step, r.location, *(f"{count:,}" for count in counts))
-    Console().print(shown)
-    tensors = sum(reading.tensor_bytes for reading in readings)
-    headers = sum(reading.header_bytes for reading in readings)
-    typer.echo(
-        f"in sum {tensors:,} bytes of tensors ({decimal(tensors)}) "
-        f"and {headers:,} of headers; no tensor was read"
-    )
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:+.4g}"
-    return str(value)
 
 
 def _say(*lines: str) -> None:

@@ -138,7 +138,7 @@ def find_matrices(
     """
     conv1d = _has_conv1d(shapes)
     found: list[Matrix] = []
-    for name in sorted(shapes, key=_natural_order):
+    for name in sorted(shapes, key=natural_order):
         shape = shapes[name]
         if not name.endswith(".weight") or len(shape) != 2:
             continue
@@ -298,6 +298,6 @@ def _last(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _natural_order(name: str) -> list[tuple[int, int | str]]:
+def natural_order(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts layer 10 after layer 9."""
     return [(0, int(word)) if word.isdigit() else (1, word) for word in name.split(".")]

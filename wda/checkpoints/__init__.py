@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.checkpoint import Checkpoint, step_in
 from wda.checkpoints.full import WEIGHT_FILES, FullCheckpoint
 from wda.checkpoints.mlx import MlxCheckpoint
@@ -11,7 +12,15 @@ from wda.errors import CheckpointError
 from wda.places import Place
 from wda.remote import RemotePlace
 
-__all__ = ["LAYOUTS", "Checkpoint", "FullCheckpoint", "open_base", "open_checkpoint", "step_in"]
+__all__ = [
+    "LAYOUTS",
+    "Adapter",
+    "Checkpoint",
+    "FullCheckpoint",
+    "open_base",
+    "open_checkpoint",
+    "step_in",
+]
 
 # The first layout that recognises a folder reads it; the more telling ones come first.
 LAYOUTS: tuple[type[Checkpoint], ...] = (

@@ -10,6 +10,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,28 @@ from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """What the update of a module is made of.
+
+    Attributes
+    ----------
+    update : str
+        In words.
+    shape : tuple
+        (out_features, in_features); None where only the base knows.
+    rank : int or None
+        Rank of the factors.
+    scaling : float or None
+        The factor s.
+    """
+
+    update: str
+    shape: tuple[int | None, int | None]
+    rank: int | None = None
+    scaling: float | None = None
 
 
 class Adapter(Checkpoint):
@@ -55,6 +78,18 @@ class Adapter(Checkpoint):
     @abstractmethod
     def scaling(self, module: str) -> float:
         """Give the factor s of a module."""
+
+    def made_of(self, module: str) -> MadeOf:
+        """Tell what the update of a module is made of."""
+        magnitude = module in self._names["magnitude"]
+        if module in self._names["A"]:
+            (rank, features), (out, _) = self.shape("A", module), self.shape("B", module)
+            update = "factors and magnitude" if magnitude else "factors"
+            return MadeOf(update, (out, features), rank, self.scaling(module))
+        if magnitude:
+            return MadeOf("magnitude alone", (math.prod(self.shape("magnitude", module)), None))
+        rows, features = self.shape("whole", module)
+        return MadeOf("the weight itself", (rows, features))
 
     def holds_all(self) -> bool:
         """Tell that an absent matrix is one the adapter leaves alone."""
@@ -173,6 +208,11 @@ class Adapter(Checkpoint):
                 unread.append(name)
             else:
                 module = self.endings[kind].sub("", name).removeprefix(PREFIX)
+                if kind in ("A", "B", "magnitude") and module in names[kind]:
+                    raise CheckpointError(
+                        f"{self.path}: holds several adapters of {module} ({names[kind][module]} "
+                        f"and {name}); save the one that is meant alone"
+                    )
                 names[kind][module] = name
         return names, tuple(unread)
 

@@ -27,8 +27,8 @@ class Checkpoint(ABC):
 
     Attributes
     ----------
-    layout : str
-        Name of the layout, shown to the user.
+    layout, evidence : str
+        Name of the layout, and what it is told by, shown to the user.
     step_files : re.Pattern or None
         How it names the files of a run's steps, where each is a file, with the step in a group.
     path : Place
@@ -48,6 +48,7 @@ class Checkpoint(ABC):
     """
 
     layout: ClassVar[str]
+    evidence: ClassVar[str]
     step_files: ClassVar[re.Pattern[str] | None] = None
 
     path: Place

@@ -31,6 +31,7 @@ class FullCheckpoint(Checkpoint):
     """A whole model: the base itself, or the result of full fine-tuning."""
 
     layout = "whole model"
+    evidence = "a weight file with no sign of an adapter"
     method = "ft"
     step_files = _STEP_FILES
 

@@ -32,6 +32,7 @@ class MlxCheckpoint(Adapter):
     """A folder with MLX-LM's last adapter, or the file of a step."""
 
     layout = "MLX-LM adapter"
+    evidence = "adapter_config.json with lora_parameters or fine_tune_type"
     step_files = _STEP_FILES
     endings = _ENDINGS
     factors_transposed = True

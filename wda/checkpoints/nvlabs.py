@@ -39,6 +39,7 @@ class NvlabsCheckpoint(Adapter):
     """A folder that the paper's code for commonsense reasoning or LLaVA wrote."""
 
     layout = "DoRA adapter of the paper's code"
+    evidence = "peft_type DORA, or magnitudes called weight_m_wdecomp"
     method = "dora"
     endings = _ENDINGS
 

@@ -1,7 +1,8 @@
 """LoRA and DoRA adapters as Hugging Face PEFT writes them.
 
 Keys end in ``lora_A.weight`` (rank, in), ``lora_B.weight`` (out, rank) and, for DoRA,
-``lora_magnitude_vector`` (out,), with or without ``.weight``. The factors have these shapes for
+``lora_magnitude_vector`` (out,), with or without ``.weight``; a model's own state dict has the
+adapter's name in between. The factors have these shapes for
 ``Conv1D`` too, whose base weight is stored as (in, out).
 """
 
@@ -22,9 +23,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What a tensor is → how its name ends, after the module's path.
 _ENDINGS = {
-    "A": re.compile(r"\.lora_A\.weight$"),
-    "B": re.compile(r"\.lora_B\.weight$"),
-    "magnitude": re.compile(r"\.lora_magnitude_vector(\.weight)?$"),
+    "A": re.compile(r"\.lora_A(\.[^.]+)?\.weight$"),
+    "B": re.compile(r"\.lora_B(\.[^.]+)?\.weight$"),
+    "magnitude": re.compile(r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$"),
     "frozen": re.compile(r"\.base_layer\.(weight|bias)$|\.bias$"),
     "whole": re.compile(r"\.weight$"),
 }
@@ -47,6 +48,7 @@ class PeftCheckpoint(Adapter):
     """An adapter folder: ``adapter_config.json`` and the adapter's tensors."""
 
     layout = "PEFT adapter"
+    evidence = "adapter_config.json with peft_type"
 
     endings = _ENDINGS
 

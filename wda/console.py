@@ -1,0 +1,102 @@
+"""What commands print on standard output, for a person or for a program."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from typer import echo
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wda.inspection import Inspection
+    from wda.plan import Reading
+
+
+def show_statistics(statistics: pd.DataFrame, as_json: bool) -> None:
+    """Print statistics on standard output, for a person or for a program."""
+    if as_json:
+        echo(statistics.to_json(orient="records", indent=2, double_precision=15))
+        return
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in statistics.columns:
+        numeric = statistics[column].dtype.kind in "if"
+        shown.add_column(column, justify="right" if numeric else "left")
+    for row in statistics.itertuples(index=False):
+        shown.add_row(*map(_cell, row))
+    Console().print(shown)
+
+
+def show_plan(readings: Sequence[Reading], as_json: bool) -> None:
+    """Print what would be read, for a person with a sum below or for a program."""
+    if as_json:
+        echo(json.dumps([asdict(reading) for reading in readings], indent=2))
+        return
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("run", "step", "location"):
+        shown.add_column(column, overflow="fold")
+    for column in ("tensors", "bytes", "bytes of headers"):
+        shown.add_column(column, justify="right")
+    for r in readings:
+        step = "–" if r.step is None else str(r.step)
+        counts = (r.tensors, r.tensor_bytes, r.header_bytes)
+        shown.add_row(r.run, step, r.location, *(f"{count:,}" for count in counts))
+    Console().print(shown)
+    tensors = sum(reading.tensor_bytes for reading in readings)
+    headers = sum(reading.header_bytes for reading in readings)
+    echo(
+        f"in sum {tensors:,} bytes of tensors ({decimal(tensors)}) "
+        f"and {headers:,} of headers; no tensor was read"
+    )
+
+
+def show_inspection(found: Sequence[Inspection], as_json: bool) -> None:
+    """Print the newest checkpoint of a run, its matrices grouped by what they have in common.
+
+    For a program, all checkpoints and every matrix of them.
+    """
+    if as_json:
+        echo(json.dumps([asdict(inspection) for inspection in found], indent=2))
+        return
+
+    newest = found[-1]
+    steps = ", ".join(str(one.step) for one in found if one.step is not None)
+    facts = {
+        "location": newest.location,
+        "layout": f"{newest.layout}, told by {newest.evidence}",
+        "method": newest.method,
+        "steps": steps or "not known",
+        "base": newest.base or "not named",
+        "files": ", ".join(f"{name} ({decimal(size)})" for name, size in newest.files.items()),
+        "not read": ", ".join(newest.unread) or "nothing",
+    }
+    for name, fact in facts.items():
+        echo(f"{name:9} {fact}")
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for held in newest.matrices:
+        shape = "×".join("?" if size is None else str(size) for size in held.shape)
+        rank = "–" if held.rank is None else str(held.rank)
+        scaling = "–" if held.scaling is None else f"{held.scaling:g}"
+        key = (held.label, shape, held.dtype, held.update, rank, scaling)
+        groups.setdefault(key, []).append(-1 if held.layer is None else held.layer)
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("matrix", "out×in", "dtype", "update", "rank", "scaling", "number", "layers"):
+        shown.add_column(column)
+    for common, layers in groups.items():
+        known = sorted(layer for layer in set(layers) if layer >= 0)
+        span = f"{known[0]} to {known[-1]}" if len(known) > 1 else "".join(map(str, known)) or "–"
+        shown.add_row(*common, str(len(layers)), span)
+    Console().print(shown)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:+.4g}"
+    return str(value)

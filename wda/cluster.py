@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -69,17 +71,24 @@ def _processes(count: int) -> Iterator[Any]:
     """Start worker processes here; against a limit of memory, mapped files would count."""
     from distributed import Client, LocalCluster  # noqa: PLC0415
 
-    with (
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            memory_limit=0,
-            dashboard_address=":0",
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    cluster = LocalCluster(
+        n_workers=count,
+        threads_per_worker=1,
+        memory_limit=0,
+        dashboard_address=":0",
+        silence_logs=logging.CRITICAL,
+    )
+    try:
+        with Client(cluster) as client:
+            yield client
+    except KeyboardInterrupt:
+        # Nobody waits for the units under way: they write nothing.
+        for nanny in cluster.workers.values():
+            if nanny.pid is not None:
+                os.kill(nanny.pid, signal.SIGKILL)
+        raise
+    finally:
+        cluster.close()
 
 
 @contextmanager

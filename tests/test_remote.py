@@ -586,6 +586,11 @@ def upload(folder: Path, name: str, prefix: str) -> None:
             client.upload_file(str(file), name, f"{prefix}/{file.relative_to(folder)}")
 
 
+def test_a_name_that_no_bucket_can_have(bucket: tuple[Counting, str], base: Path) -> None:
+    with pytest.raises(LocationError, match="bad name/x: no bucket can be called so; check its"):
+        table("s3://bad name/x", base=base)
+
+
 def test_runs_in_a_bucket(bucket: tuple[Counting, str], runs: dict[str, Path], base: Path) -> None:
     counting, name = bucket
     upload(base, name, "models/base")

@@ -105,6 +105,8 @@ class Bucket(Store):
         kind = type(error).__name__
         if kind == "FileExpired":
             return self._changed(key)
+        if kind == "ParamValidationError":
+            return LocationError(f"{self.url(key)}: no bucket can be called so; check its name")
         if _is_refusal(error):
             return LocationError(
                 f"{self.url(key)}: no credentials, or none that may read it; {_LOGIN[self._scheme]}"

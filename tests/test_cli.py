@@ -67,7 +67,7 @@ def test_csv_and_parquet_hold_the_same_numbers_to_the_last_digit(
 ) -> None:
     compared(runs, base, tmp_path / "out")
     parquet = wda.read_table(tmp_path / "out" / "table.parquet")
-    csv = wda.read_table(tmp_path / "out" / "table.csv")
+    csv = wda.read_table(str(tmp_path / "out" / "table.csv"))
     pd.testing.assert_frame_equal(parquet, csv, check_exact=True)
     api = wda.compare(list(runs.values()), base=base, progress=False)
     pd.testing.assert_frame_equal(parquet, api.table, check_exact=True)

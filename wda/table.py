@@ -75,12 +75,12 @@ def table_file(path: Path) -> Path:
     return path / "table.parquet" if path.is_dir() else path
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: str | Path) -> pd.DataFrame:
     """Read a saved table.
 
     Parameters
     ----------
-    path : Path
+    path : path
         A ``.parquet`` or ``.csv`` file, or a folder that holds ``table.parquet``.
 
     Returns
@@ -93,7 +93,7 @@ def read_table(path: Path) -> pd.DataFrame:
     TableError
         When the file is none, is damaged, or lacks columns or rows.
     """
-    file = table_file(path)
+    file = table_file(Path(path))
     if not file.is_file():
         raise TableError(f"{file}: no such table; give the table.parquet of wda compare --out")
     if file.suffix not in (".parquet", ".csv"):

@@ -48,9 +48,11 @@ def test_wrapped_modules_are_read_under_their_own_names(
     module = module_of(TUNED)
     layers = module.get_submodule("encoder.layer")
     layers.add_module("1", checkpoint_wrapper(layers.get_submodule("1")))
+    layers.add_module("0", torch.compile(layers.get_submodule("0")))  # type: ignore[arg-type]
     wrapped = nn.DataParallel(torch.compile(module))  # type: ignore[arg-type]
     names = wrapped.state_dict()
     assert all(name.startswith("module._orig_mod.") for name in names)
+    assert any(".layer.0._orig_mod." in name for name in names)
     fsdp = {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in TUNED.items()}
     inside = {
         f"net.{n.replace('layer.2', 'layer.2._fsdp_wrapped_module')}": t for n, t in TUNED.items()

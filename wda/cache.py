@@ -44,18 +44,17 @@ class ResultCache:
         self,
         database: sqlite3.Connection | None,
         base: FullCheckpoint,
-        options: tuple[str, ...],
+        per: Per,
+        device: str,
         trouble: str | None = None,
     ) -> None:
         self._database = database
-        self._base, self._options = base, options
+        self._base, self._per, self._device = base, per, device
         self._new: list[tuple[bytes, str]] = []
         self._committed = time.monotonic()
         self.trouble = trouble
 
-    def split(
-        self, pairings: Sequence[Pairing], per: Per
-    ) -> tuple[list[Measurement], list[Pairing]]:
+    def split(self, pairings: Sequence[Pairing]) -> tuple[list[Measurement], list[Pairing]]:
         """Give what is known of a comparison, and what is left to be measured."""
         if self._database is None:
             return [], list(pairings)
@@ -67,7 +66,7 @@ class ResultCache:
                 if change is None:
                     unknown.append(source)
                 else:
-                    known.append(Measurement(pairing.matrix, source, per, change))
+                    known.append(Measurement(pairing.matrix, source, self._per, change))
             if unknown:
                 left.append(Pairing(pairing.matrix, tuple(unknown)))
         return known, left
@@ -112,7 +111,7 @@ class ResultCache:
         meanings = self._base.meaning(matrix.module), source.checkpoint.meaning(source.module)
         if None in meanings:
             return None
-        how = (matrix.stored_transposed, matrix.stored_shape, matrix.part, *self._options)
+        how = (matrix.stored_transposed, matrix.stored_shape, matrix.part, self._per, self._device)
         return hashlib.sha256(repr((_code(), how, meanings)).encode()).digest()
 
     def _give_up(self, error: sqlite3.Error) -> None:
@@ -123,7 +122,7 @@ class ResultCache:
 
 @contextmanager
 def open_cache(
-    where: str | Path | Literal[False] | None, base: FullCheckpoint, *options: str
+    where: str | Path | Literal[False] | None, base: FullCheckpoint, per: Per, device: str
 ) -> Iterator[ResultCache]:
     """Open the results kept in a folder, and write what is new to it in the end, come what may.
 
@@ -134,8 +133,10 @@ def open_cache(
         is no error, only remembered as ``trouble``.
     base : FullCheckpoint
         What all results are measured against.
-    *options : str
-        What else they depend on: ``per``, the device.
+    per : {"output", "input"}
+        Which axis the vectors are.
+    device : str
+        Where the results are computed.
 
     Raises
     ------
@@ -143,7 +144,7 @@ def open_cache(
         When the folder that was named cannot be used.
     """
     if where is False:
-        yield ResultCache(None, base, options)
+        yield ResultCache(None, base, per, device)
         return
     file = (user_cache_path("wda") if where is None else Path(where).expanduser()) / FILE
     database, trouble = None, None
@@ -158,7 +159,7 @@ def open_cache(
                 "the file if it is damaged, or use --no-cache"
             ) from None
         trouble = why
-    cache = ResultCache(database, base, options, trouble)
+    cache = ResultCache(database, base, per, device, trouble)
     try:
         yield cache
     finally:

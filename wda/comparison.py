@@ -129,7 +129,7 @@ def compare(
         opened = _open(manifest, bar)
         with open_cache(cache, opened.base, manifest.per, computing) as kept:
             task = bar.add_task("comparing", total=None, note="")
-            known, left = kept.split(opened.pairings, manifest.per)
+            known, left = kept.split(opened.pairings)
             new = measure(
                 opened.base,
                 left,

@@ -154,7 +154,9 @@ def test_scaling_is_pefts(tmp_path: Path) -> None:
         checkpoint: Any = open_checkpoint(run / "checkpoint-7")
         for module in checkpoint.required:
             layer = adapted.base_model.model.get_submodule(module)
-            assert checkpoint.scaling(module) == pytest.approx(layer.scaling["default"], rel=1e-12)
+            assert checkpoint.forms[module].scale == pytest.approx(
+                layer.scaling["default"], rel=1e-12
+            )
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

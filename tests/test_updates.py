@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from wda import engine, kernels, rows, updates
+from wda import engine, kernels, rows
 from wda.decomposition import decomposition
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
@@ -120,7 +120,8 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_low_rank_never_forms_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     w0, A, B = parts(1e-2)
-    monkeypatch.setattr(updates, "displacement", None)  # what a formed δ would be given to
+    # What a formed δ would be given to.
+    monkeypatch.setattr("wda.updates.update.displacement", None)
     for per in ("output", "input"):
         measured(w0, LowRank(A, B, SCALING), per)
         measured(w0, WeightDecomposed(LowRank(A, B, SCALING), w0.norm(dim=1) * 1.1), per)

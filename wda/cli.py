@@ -6,13 +6,16 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from wda._version import __version__
 from wda.errors import WdaError
+
+if TYPE_CHECKING:
+    from wda.checkpoints import Given
 
 _WRITTEN = "tables, scatter.png, scatter.pdf, provenance.json"
 
@@ -58,6 +61,31 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+_Alpha = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="α", help="The scaling's α, where the checkpoint has none."),
+]
+_Enabled = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABELS",
+        help="Which parts of a fused projection its factors change, such as query,value.",
+    ),
+]
+_Axis = Annotated[
+    str | None,
+    typer.Option(
+        metavar="output|input", help="What a magnitude has one number of, where nothing tells."
+    ),
+]
+_Initial = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOCATION", help="The adapter as it was before training, for CorDA, LoRA-GA, …"
+    ),
+]
 
 
 @app.command()
@@ -120,6 +148,10 @@ def compare(
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where to compute; cuda:1 for the second GPU.")
     ] = "cpu",
+    alpha: _Alpha = None,
+    enabled: _Enabled = None,
+    axis: _Axis = None,
+    initial: _Initial = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -176,7 +208,8 @@ def compare(
         from wda.comparison import plan
         from wda.console import show_plan
 
-        show_plan(plan(what, base, matrices, progress=sys.stderr.isatty()), as_json)
+        given = _given(alpha, enabled, axis, initial)
+        show_plan(plan(what, base, matrices, given, progress=sys.stderr.isatty()), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
     with (
@@ -192,6 +225,7 @@ def compare(
             executor=executor,
             max_memory=max_memory << 20,
             device=device,
+            given=_given(alpha, enabled, axis, initial),
             progress=sys.stderr.isatty(),
         )
         if folder is not None:
@@ -207,6 +241,10 @@ def inspect(
     location: Annotated[
         str, typer.Argument(metavar="LOCATION", help="A checkpoint, or a run of several.")
     ],
+    alpha: _Alpha = None,
+    enabled: _Enabled = None,
+    axis: _Axis = None,
+    initial: _Initial = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all of it as JSON on standard output.")
     ] = False,
@@ -225,7 +263,7 @@ def inspect(
     from wda.console import show_inspection
     from wda.inspection import inspect as run_inspect
 
-    show_inspection(run_inspect(location), as_json)
+    show_inspection(run_inspect(location, _given(alpha, enabled, axis, initial)), as_json)
 
 
 @app.command()
@@ -320,6 +358,18 @@ def demo(
     for line in outcome.reading:
         typer.echo(line)
     _say(f"written to {out}: {_WRITTEN}")
+
+
+def _given(
+    alpha: float | None, enabled: str | None, axis: str | None, initial: str | None
+) -> Given:
+    """Gather what the user says of checkpoints that they do not say themselves."""
+    from wda.checkpoints import Given
+
+    if axis not in (None, "output", "input"):
+        raise typer.BadParameter(f"'output' or 'input', not {axis!r}", param_hint="--axis")
+    parts = None if enabled is None else tuple(word.strip() for word in enabled.split(","))
+    return Given(alpha, parts, axis, initial)  # type: ignore[arg-type]
 
 
 def _say(*lines: str) -> None:

@@ -13,7 +13,8 @@ import pandas as pd
 from rich.progress import Progress
 
 from wda.cache import open_cache
-from wda.checkpoints import FullCheckpoint, open_base
+from wda.checkpoints import FullCheckpoint, Given, open_base
+from wda.checkpoints.given import NOTHING_GIVEN
 from wda.decomposition import Per
 from wda.engine import usable_device
 from wda.errors import LocationError, ManifestError, listing
@@ -84,6 +85,7 @@ def compare(
     executor: Executor | None = None,
     max_memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
+    given: Given = NOTHING_GIVEN,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -110,6 +112,8 @@ def compare(
         Bytes that those threads may take together, beside the pages of mapped files.
     device : str
         Where to compute: ``cpu``, ``cuda`` or ``cuda:N``.
+    given : Given
+        What the checkpoints do not say themselves, such as α.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -124,7 +128,7 @@ def compare(
         One of its kinds, when something given does not exist, cannot be read or does not fit.
     """
     computing = usable_device(device)
-    manifest = make_manifest(paths_or_manifest, base, matrices, per)
+    manifest = make_manifest(paths_or_manifest, base, matrices, per, given)
     with progress_bar(progress) as bar:
         opened = _open(manifest, bar)
         with open_cache(cache, opened.base, manifest.per, computing) as kept:
@@ -188,6 +192,7 @@ def plan(
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
+    given: Given = NOTHING_GIVEN,
     progress: bool = True,
 ) -> list[Reading]:
     """Tell how many bytes :func:`compare` would read, from headers alone; no tensor is read.
@@ -200,6 +205,8 @@ def plan(
         The pre-trained model; by default the manifest's, else what the adapters name.
     matrices : str or sequence of str, optional
         As for :func:`compare`; by default the manifest's, else query and value.
+    given : Given
+        What the checkpoints do not say themselves, such as α.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -213,7 +220,7 @@ def plan(
     WdaError
         As :func:`compare` does before it reads.
     """
-    manifest = make_manifest(paths_or_manifest, base, matrices)
+    manifest = make_manifest(paths_or_manifest, base, matrices, given=given)
     with progress_bar(progress) as bar:
         opened = _open(manifest, bar)
     return readings(opened.base, opened.members, opened.pairings)

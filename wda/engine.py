@@ -79,9 +79,9 @@ def measure_part(part: Part) -> list[Moved]:
     """
     _compute_alone()
     matrix, found = part.matrix, list[Moved]()
-    w0 = part.base.update(matrix.module, matrix, part.rows).weight.to(part.device)
+    w0 = part.base.weight(matrix.module, matrix, part.rows).to(part.device)
     for group in _grouped(part):
-        updates = [update.to(part.device) for update in _read(group, matrix, part.rows)]
+        updates = [update.to(part.device) for update in _read(group, part)]
         moves = displacements(w0, updates, part.per)
         part.base.require_unchanged(matrix.module)
         for source, update, move in zip(group, updates, moves, strict=True):
@@ -152,11 +152,11 @@ def usable_device(device: str) -> str:
     return device
 
 
-def _read(group: Sequence[Source], matrix: Matrix, rows: slice | None) -> list[Update]:
+def _read(group: Sequence[Source], part: Part) -> list[Update]:
     """Read updates, side by side where they lie elsewhere."""
 
     def read(source: Source) -> Update:
-        return source.checkpoint.update(source.module, matrix, rows)
+        return source.checkpoint.update(source.module, part.matrix, part.base, part.rows)
 
     far = [source for source in group if source.checkpoint.is_remote]
     fetched = dict(zip(map(id, far), at_once(read, far), strict=True))

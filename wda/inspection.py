@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wda.checkpoints import Adapter, Checkpoint, FullCheckpoint
+from wda.checkpoints import Adapter, Checkpoint, FullCheckpoint, Given
+from wda.checkpoints.given import NOTHING_GIVEN
 from wda.manifest import make_manifest
 from wda.naming import find_matrices, layer_index, matrix_label, natural_order
 from wda.places import shown
@@ -77,13 +78,15 @@ class Inspection:
     unread: tuple[str, ...]
 
 
-def inspect(location: str) -> list[Inspection]:
+def inspect(location: str, given: Given = NOTHING_GIVEN) -> list[Inspection]:
     """Tell what lies at a location, from headers and configurations alone.
 
     Parameters
     ----------
     location : str
         A run, with its checkpoints, or one checkpoint; of any kind that ``wda compare`` takes.
+    given : Given
+        What the checkpoints do not say themselves.
 
     Returns
     -------
@@ -95,7 +98,7 @@ def inspect(location: str) -> list[Inspection]:
     WdaError
         When nothing is there, or it cannot be read.
     """
-    return [_inspected(member) for member in open_runs(make_manifest(location).runs)]
+    return [_inspected(member) for member in open_runs(make_manifest(location, given=given).runs)]
 
 
 def _inspected(member: Member) -> Inspection:
@@ -122,16 +125,16 @@ def _held(checkpoint: Checkpoint) -> Iterable[Held]:
         return
     assert isinstance(checkpoint, Adapter)
     for module in sorted(checkpoint.modules, key=natural_order):
-        made = checkpoint.made_of(module)
+        form = checkpoint.forms[module]
         yield Held(
             module,
             matrix_label(module),
             layer_index(module),
-            made.shape,
+            form.shape,
             _dtype(checkpoint, module),
-            made.update,
-            made.rank,
-            made.scaling,
+            form.words,
+            form.rank,
+            form.scale,
         )
 
 

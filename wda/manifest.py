@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.decomposition import Per
 from wda.errors import ManifestError, listing
 from wda.locations import beside, is_location
@@ -51,11 +53,32 @@ class Run(BaseModel):
         default=None, min_length=1, description="Which training steps to use; by default all."
     )
 
+    alpha: float | None = Field(
+        default=None, gt=0, description="α of the scaling, where the checkpoints do not store it."
+    )
+    enabled: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Which parts of a fused projection their factors change, such as query.",
+    )
+    axis: Literal["output", "input"] | None = Field(
+        default=None, description="What a magnitude has one number of, where nothing tells."
+    )
+    initial: str | None = Field(
+        default=None, description="Location of the adapter as it was before its training."
+    )
+
     @model_validator(mode="after")
     def _name_from_path(self) -> Self:
         if not self.name:
             object.__setattr__(self, "name", _last_part(self.path))
         return self
+
+    @property
+    def given(self) -> Given:
+        """What is said of its checkpoints that they do not say themselves."""
+        enabled = None if self.enabled is None else tuple(self.enabled)
+        return Given(self.alpha, enabled, self.axis, self.initial)
 
 
 def _last_part(location: str) -> str:
@@ -113,6 +136,7 @@ def make_manifest(
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> Manifest:
     """Make a manifest from run folders, or read one; what is given beside it overrides it.
 
@@ -144,11 +168,14 @@ def make_manifest(
                 "manifest, see wda compare --help"
             )
         manifest = Manifest(runs=runs)
+    said = {name: value for name, value in asdict(given).items() if value is not None}
+    runs = [run.model_copy(update=said) for run in manifest.runs]
     if isinstance(matrices, str):
         matrices = [word.strip() for word in matrices.split(",") if word.strip()]
-    given = {
+    options = {
         "base": None if base is None else str(base),
         "matrices": None if matrices is None else list(matrices),
         "per": per,
+        "runs": runs,
     }
-    return manifest.model_copy(update={k: v for k, v in given.items() if v is not None})
+    return manifest.model_copy(update={k: v for k, v in options.items() if v is not None})

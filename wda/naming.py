@@ -6,10 +6,11 @@ user asks for and what the table shows. A matrix no label fits keeps its module'
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -90,6 +91,11 @@ class Matrix:
         """Whether its rows do not lie one behind the other, so that they have to be gathered."""
         return self.part is not None and len(self.part) > 1
 
+    @property
+    def whole(self) -> Matrix:
+        """The stored matrix that this one is, or is a part of."""
+        return replace(self, part=None)
+
     def rows_of_stored(self, rows: slice | None = None) -> list[slice]:
         """Tell which rows of the stored matrix, seen as (out, in), some rows of this one are."""
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
@@ -124,7 +130,8 @@ def find_matrices(
     Parameters
     ----------
     shapes : mapping
-        Tensor name → stored shape. Two-dimensional tensors called ``….weight`` are matrices.
+        Tensor name → stored shape. Tensors called ``….weight`` are matrices, unless they are
+        vectors; the kernel of a convolution is one of shape (out, in·kh·kw).
     transposed : callable, optional
         Says of a module and its stored shape whether it is (in_features, out_features) although
         its name does not tell; an adapter's configuration can know.
@@ -140,13 +147,18 @@ def find_matrices(
     found: list[Matrix] = []
     for name in sorted(shapes, key=natural_order):
         shape = shapes[name]
-        if not name.endswith(".weight") or len(shape) != 2:
+        if not is_matrix(name, shape):
             continue
         module = name.removesuffix(".weight")
-        stored = (shape[0], shape[1])
+        stored = (shape[0], math.prod(shape[1:]))
         turned = (conv1d and _last(module) in _CONV1D_NAMES) or transposed(module, stored)
         found.extend(_parts(module, stored[::-1] if turned else stored, turned, config))
     return found
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a stored tensor is a weight matrix, by its name and its dimensions."""
+    return name.endswith(".weight") and len(shape) >= 2
 
 
 def select(matrices: Sequence[Matrix], wanted: Iterable[str]) -> list[Matrix]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from wda.checkpoints import Checkpoint, FullCheckpoint
 from wda.errors import PairingError, SelectionError, listing
-from wda.naming import Matrix, align, find_matrices, may_be_wanted, select
+from wda.naming import Matrix, find_matrices, is_matrix, may_be_wanted, select
 from wda.runs import Member
 
 
@@ -98,10 +98,10 @@ def pair(
 def _names_in_base(member: Member, base: FullCheckpoint) -> dict[str, str]:
     """Map the base's name of every module a checkpoint holds to the checkpoint's own."""
     try:
-        rename = align(member.checkpoint.modules, base.modules)
+        names = member.checkpoint.names_in(base)
     except PairingError as error:
         raise PairingError(f"{member.checkpoint.path} and base {base.path}: {error}") from None
-    return {rename(module): module for module in sorted(member.checkpoint.modules)}
+    return {of_base: own for own, of_base in names.items()}
 
 
 def _select(
@@ -132,7 +132,7 @@ def _no_matrices(base: FullCheckpoint, wanted: Sequence[str]) -> str:
         if not name.endswith(".bias") and may_be_wanted(name.removesuffix(".weight"), wanted)
     ]
     shapes = base.tensors.shapes_of(likely)
-    others = [f"{name} ({'×'.join(map(str, s))})" for name, s in shapes.items() if len(s) != 2]
+    others = [f"{n} ({'×'.join(map(str, s))})" for n, s in shapes.items() if not is_matrix(n, s)]
     return f"{len(others)} tensors that are no matrices: {listing(others, 4)}" if others else ""
 
 

@@ -79,7 +79,7 @@ def open_runs(
     on_found(len(found))
 
     def open_one(one: _Found) -> Member:
-        checkpoint = open_checkpoint(one.folder)
+        checkpoint = open_checkpoint(one.folder, one.run.given)
         on_opened()
         method = one.run.method or checkpoint.method
         return Member(one.run.name, method, one.seed, checkpoint.step, checkpoint)

@@ -166,7 +166,8 @@ def cut(base: FullCheckpoint, pairing: Pairing, per: Per, work: Work) -> list[Pa
     """Cut a matrix into units: blocks of rows, where its vectors lie in the rows as stored."""
     matrix, sources = pairing.matrix, pairing.sources
     blocks: Iterable[slice | None] = [None]
-    if per == "output" and not matrix.stored_transposed:
+    whole = any(source.checkpoint.needs_whole(source.module) for source in sources)
+    if per == "output" and not matrix.stored_transposed and not whole:
         elements = UNIT_ELEMENTS // len(sources)
         far = base.is_remote or any(source.checkpoint.is_remote for source in sources)
         if far or matrix.scattered:

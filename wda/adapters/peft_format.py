@@ -11,8 +11,8 @@ from torch import nn
 
 from wda.adapters.config import AdapterConfig
 from wda.adapters.lora import LoRALinear
-from wda.checkpoints.adapter import CONFIG_FILE, PREFIX
-from wda.checkpoints.peft import ADAPTER_FILES
+from wda.checkpoints.factors import PREFIX
+from wda.checkpoints.found import ADAPTER_FILES, CONFIG_FILE
 from wda.errors import CheckpointError, listing
 from wda.files import staged_folder
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.checkpoint import Checkpoint, step_in
-from wda.checkpoints.full import WEIGHT_FILES, FullCheckpoint
+from wda.checkpoints.forms import Form
+from wda.checkpoints.found import ADAPTER_FILES, WEIGHT_FILES, Found
+from wda.checkpoints.full import FullCheckpoint
+from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.mlx import MlxCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
-from wda.checkpoints.peft import ADAPTER_FILES, PeftCheckpoint
+from wda.checkpoints.peft import PeftCheckpoint
 from wda.errors import CheckpointError
 from wda.places import Place
 from wda.remote import RemotePlace
@@ -16,7 +19,9 @@ __all__ = [
     "LAYOUTS",
     "Adapter",
     "Checkpoint",
+    "Form",
     "FullCheckpoint",
+    "Given",
     "open_base",
     "open_checkpoint",
     "step_in",
@@ -31,16 +36,24 @@ LAYOUTS: tuple[type[Checkpoint], ...] = (
 )
 
 
-def open_checkpoint(path: Place) -> Checkpoint:
+def open_checkpoint(path: Place, given: Given = NOTHING_GIVEN) -> Checkpoint:
     """Open a checkpoint of any layout.
+
+    Parameters
+    ----------
+    path : Place
+        A folder or a weight file.
+    given : Given
+        What the user says of it that it does not say itself.
 
     Raises
     ------
     CheckpointError
         When no layout recognises the folder, or it is damaged.
     """
+    found = Found(path, given)
     for layout in LAYOUTS:
-        checkpoint = layout.open(path)
+        checkpoint = layout.open(found)
         if checkpoint is not None:
             return checkpoint
     if isinstance(path, RemotePlace) and not path.listable:

@@ -6,18 +6,23 @@ import platform
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
+from wda.checkpoints.found import Found
+from wda.checkpoints.given import Given
 from wda.checkpoints.tensors import ALL, Tensors, read_json
 from wda.errors import CheckpointError, WdaError
-from wda.naming import Matrix
+from wda.naming import Matrix, align
 from wda.places import Place
 from wda.remote import RemotePlace
 from wda.updates import Update
+
+if TYPE_CHECKING:
+    from wda.checkpoints.full import FullCheckpoint
 
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -45,30 +50,33 @@ class Checkpoint(ABC):
         What it says it was fine-tuned from.
     tensors : Tensors
         Its tensors by name.
+    given : Given
+        What the user said of it.
     """
 
     layout: ClassVar[str]
     evidence: ClassVar[str]
     step_files: ClassVar[re.Pattern[str] | None] = None
 
-    path: Place
-    method: str
     modules: frozenset[str]
     required: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
     base: str | None = None
-    tensors: Tensors
     _token: str = ""
+
+    def __init__(self, path: Place, tensors: Tensors, method: str, given: Given) -> None:
+        self.path, self.tensors, self.method, self.given = path, tensors, method, given
 
     @classmethod
     @abstractmethod
-    def open(cls, path: Place) -> Self | None:
-        """Open a folder or file of this layout, reading headers only; None if it is another's.
+    def open(cls, found: Found) -> Self | None:
+        """Open what is of this layout, reading headers only; None if it is another's.
 
         Raises
         ------
         CheckpointError
-            When it is of this layout but damaged, contradictory or of a kind not yet read.
+            When it is of this layout but damaged, contradictory or of a kind that cannot be read,
+            or the user has to say more of it.
         """
 
     @abstractmethod
@@ -80,7 +88,9 @@ class Checkpoint(ABC):
         """Give the whole shape (out_features, in_features) of what it holds for a module."""
 
     @abstractmethod
-    def update(self, module: str, matrix: Matrix, rows: slice | None = None) -> Update:
+    def update(
+        self, module: str, matrix: Matrix, base: FullCheckpoint, rows: slice | None = None
+    ) -> Update:
         """Give the update of a base matrix, or of some of its rows.
 
         Parameters
@@ -89,9 +99,26 @@ class Checkpoint(ABC):
             The matrix's module by its name in this checkpoint.
         matrix : Matrix
             The matrix of the base.
+        base : FullCheckpoint
+            The base, whose weights some updates start from.
         rows : slice, optional
             Rows of it; where the checkpoint lies elsewhere, no others are fetched.
         """
+
+    def needs_whole(self, module: str) -> bool:  # noqa: ARG002
+        """Tell whether an update of some rows can be told only from the whole of W0."""
+        return False
+
+    def names_in(self, base: FullCheckpoint) -> Mapping[str, str]:
+        """Give the base's name of every module it holds, by its own.
+
+        Raises
+        ------
+        PairingError
+            When no name is common to both.
+        """
+        rename = align(self.modules, base.modules)
+        return {module: rename(module) for module in sorted(self.modules)}
 
     @abstractmethod
     def tensors_of(self, module: str) -> tuple[str, ...]:
@@ -148,7 +175,8 @@ class Checkpoint(ABC):
         """Travel to another process as the place it lies at, to be opened there once."""
         self._token = self._token or uuid.uuid4().hex
         place = self.path if isinstance(self.path, RemotePlace) else Path(str(self.path)).absolute()
-        return _open_once, (_Reference(self._token, type(self), place, self.tensors.sizes),)
+        sizes = self.tensors.sizes
+        return _open_once, (_Reference(self._token, type(self), place, self.given, sizes),)
 
     @property
     def files(self) -> list[Place]:
@@ -190,6 +218,8 @@ class _Reference:
         The class that reads it.
     place : Place
         Where it lies.
+    given : Given
+        What the user said of it.
     sizes : tuple
         The sizes of its files, as far as they are on this machine.
     """
@@ -197,6 +227,7 @@ class _Reference:
     token: str
     layout: type[Checkpoint] = field(compare=False)
     place: Place = field(compare=False)
+    given: Given = field(compare=False)
     sizes: tuple[object, ...] = field(compare=False)
 
 
@@ -210,7 +241,7 @@ def _open_once(reference: _Reference) -> Checkpoint:
         When it is not there, or another.
     """
     try:
-        found = reference.layout.open(reference.place)
+        found = reference.layout.open(Found(reference.place, reference.given))
     except WdaError as error:
         raise CheckpointError(f"on the worker {platform.node()}: {error}") from None
     if found is None or found.tensors.sizes != reference.sizes:

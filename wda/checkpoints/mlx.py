@@ -8,15 +8,13 @@ training is ``adapters.safetensors``; those before have the step in front of the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
-from wda.checkpoints.adapter import CONFIG_FILE, Adapter
-from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
+from wda.checkpoints.adapter import Adapter
+from wda.checkpoints.factors import sort_names
+from wda.checkpoints.found import CONFIG_FILE, Found
 from wda.errors import CheckpointError, listing
-from wda.places import Place
 
-_FILE = "adapters.safetensors"
 _STEP_FILES = re.compile(r"(\d+)_adapters\.safetensors")
 
 _ENDINGS = {
@@ -34,54 +32,42 @@ class MlxCheckpoint(Adapter):
     layout = "MLX-LM adapter"
     evidence = "adapter_config.json with lora_parameters or fine_tune_type"
     step_files = _STEP_FILES
-    endings = _ENDINGS
-    factors_transposed = True
-
-    def __init__(self, path: Place, config: Mapping[str, Any], tensors: Tensors) -> None:
-        super().__init__(path, config, tensors)
-        self.method = "dora" if self._names["magnitude"] else "lora"
-        self.base = config.get("model") or None
 
     @classmethod
-    def open(cls, path: Place) -> Self | None:
+    def open(cls, found: Found) -> Self | None:
         """Open a folder, or the file of one step, whose configuration is MLX-LM's."""
-        of_step = _STEP_FILES.fullmatch(path.name) is not None and path.is_file()
-        folder = path.parent if of_step else path
-        file = path if of_step else first_file(path, _FILE) if path.is_dir() else None
-        if file is None or not (folder / CONFIG_FILE).is_file():
+        if found.file is None or not {"lora_parameters", "fine_tune_type"} & set(found.config):
             return None
-        config = read_json(folder / CONFIG_FILE)
-        if not {"lora_parameters", "fine_tune_type"} & set(config):
-            return None
-        return cls(path, config, open_tensors(file))
-
-    def scaling(self, module: str) -> float:  # noqa: ARG002
-        """Give the factor s, the same for all modules."""
-        return float(self.config["lora_parameters"]["scale"])
-
-    def check(self) -> None:
-        """Refuse what cannot be read right."""
-        config_file, kind = self.path / CONFIG_FILE, self.config.get("fine_tune_type", "lora")
-        if kind not in ("lora", "dora"):
-            raise CheckpointError(
-                f"{config_file}: fine_tune_type {kind!r} is not read yet; 'lora' and 'dora' are"
-            )
-        parameters = self.config.get("lora_parameters") or {}
-        if parameters.get("scale") is None or parameters.get("alpha") is not None:
-            raise CheckpointError(
-                f"{config_file}: lora_parameters need scale, and no alpha, which old versions "
-                "multiplied with; write scale·alpha/rank there as scale"
-            )
-        super().check()
-        missing = sorted(set(self._names["A"]) - set(self._names["magnitude"]))
-        if kind == "dora" and missing:
-            raise CheckpointError(
-                f"{self.path}: fine_tune_type is dora but m is missing for {listing(missing, 6)}; "
-                "nothing stands in for it"
-            )
-        stacked = [m for m, name in self._names["A"].items() if "embed" in m or "switch" in name]
+        kind = found.config.get("fine_tune_type", "lora")
+        scale = _scale(found, kind)
+        names = sort_names(found.path, found.tensors, _ENDINGS, turned=True)
+        stacked = [m for m, name in names["A"].items() if "embed" in m or "switch" in name]
         if stacked:
             raise CheckpointError(
-                f"{self.path}: adapters of embeddings and of experts are not read yet: "
+                f"{found.path}: adapters of embeddings and of experts are not read yet: "
                 f"{listing(stacked, 4)}"
             )
+        forms = names.forms(lambda _module: scale)
+        if kind == "dora":
+            names.require_magnitudes(
+                names["A"], "fine_tune_type is dora but m is missing", "save it with m"
+            )
+        method = "dora" if names["magnitude"] else "lora"
+        base = found.config.get("model") or None
+        return cls(found, found.tensors, forms, method, names.unread, base)
+
+
+def _scale(found: Found, kind: object) -> float:
+    """Give the factor s, the same for all modules."""
+    config_file = found.folder / CONFIG_FILE
+    if kind not in ("lora", "dora"):
+        raise CheckpointError(
+            f"{config_file}: fine_tune_type {kind!r} is not read yet; 'lora' and 'dora' are"
+        )
+    parameters = found.config.get("lora_parameters") or {}
+    if parameters.get("scale") is None or parameters.get("alpha") is not None:
+        raise CheckpointError(
+            f"{config_file}: lora_parameters need scale, and no alpha, which old versions "
+            "multiplied with; write scale·alpha/rank there as scale"
+        )
+    return float(parameters["scale"])

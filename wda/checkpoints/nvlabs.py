@@ -11,18 +11,12 @@ from __future__ import annotations
 import re
 from typing import Self
 
-from wda.checkpoints.adapter import CONFIG_FILE, Adapter
+from wda.checkpoints.adapter import Adapter
+from wda.checkpoints.factors import sort_names
+from wda.checkpoints.found import CONFIG_FILE, Found
 from wda.checkpoints.tensors import first_file, open_tensors, read_json
-from wda.errors import CheckpointError, listing
-from wda.places import Place
+from wda.errors import CheckpointError
 
-# Its checkpoints of a training hold the adapter alone under the names of whole models.
-_FILES = (
-    "adapter_model.bin",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "model.safetensors",
-)
 _STRAY_FILE = "non_lora_trainables.bin"
 
 _MAGNITUDE = re.compile(r"\.weight_m_wdecomp(\.\w+)?\.weight$")
@@ -40,45 +34,36 @@ class NvlabsCheckpoint(Adapter):
 
     layout = "DoRA adapter of the paper's code"
     evidence = "peft_type DORA, or magnitudes called weight_m_wdecomp"
-    method = "dora"
-    endings = _ENDINGS
 
     @classmethod
-    def open(cls, path: Place) -> Self | None:
+    def open(cls, found: Found) -> Self | None:
         """Open a folder whose configuration or keys are this code's own."""
-        if not path.is_dir() or (file := first_file(path, *_FILES)) is None:
+        if not found.is_folder or found.file is None:
             return None
-        own = first_file(path, CONFIG_FILE)
-        if own is None and first_file(path, "config.json") is not None:
+        if found.config and found.config.get("peft_type") != "DORA":
+            return None
+        if not found.config and found.has("config.json"):
             return None  # a whole model
-        # The checkpoints of a training have none; it is written at the end, beside them.
-        config_file = own or first_file(path.parent, CONFIG_FILE)
-        config = read_json(config_file) if config_file else {}
-        if own is not None and config.get("peft_type") != "DORA":
-            return None
-        tensors = open_tensors(file)
-        if (stray := first_file(path, _STRAY_FILE)) is not None:
+        tensors = found.tensors
+        if (stray := found.has(_STRAY_FILE)) is not None:
             tensors = tensors.joined(open_tensors(stray), _MAGNITUDE.search)
-        if own is None and not any(map(_MAGNITUDE.search, tensors)):
+        if not found.config and not any(map(_MAGNITUDE.search, tensors)):
             return None
-        return cls(path, config, tensors)
-
-    def scaling(self, module: str) -> float:
-        """Give the factor s of a module: α/r with its own r."""
-        return float(self.config["lora_alpha"]) / self.shape("A", module)[0]
-
-    def check(self) -> None:
-        """Refuse what cannot be read right."""
-        if self.config.get("lora_alpha") is None:
+        # The checkpoints of a training have none; it is written at the end, beside them.
+        above = first_file(found.path.parent, CONFIG_FILE)
+        config = found.config or (read_json(above) if above else {})
+        if config.get("lora_alpha") is None:
             raise CheckpointError(
-                f"{self.path}: no {CONFIG_FILE} with lora_alpha here or in the folder above; the "
+                f"{found.path}: no {CONFIG_FILE} with lora_alpha here or in the folder above; the "
                 "scaling needs it; copy it from the end of the training"
             )
-        super().check()
-        missing = sorted(set(self._names["A"]) - set(self._names["magnitude"]))
-        if missing:
-            raise CheckpointError(
-                f"{self.path}: weight_m_wdecomp is missing for {listing(missing, 6)}; look for "
-                f"{_STRAY_FILE}, where the code puts magnitudes by mistake, and copy it into this "
-                "folder; nothing stands in for them"
-            )
+        names = sort_names(found.path, tensors, _ENDINGS)
+        forms = names.forms(lambda module: float(config["lora_alpha"]) / names.rank(module))
+        names.require_magnitudes(
+            names["A"],
+            "weight_m_wdecomp is missing",
+            f"look for {_STRAY_FILE}, where the code puts magnitudes by mistake, and copy it into "
+            "this folder",
+        )
+        base = config.get("base_model_name_or_path") or None
+        return cls(found, tensors, forms, "dora", names.unread, base)

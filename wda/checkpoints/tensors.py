@@ -13,8 +13,9 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,22 @@ _MOST_KEPT = 2
 ALL = slice(None)
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that no file holds as it is, but that is told from others: from packed parts, say.
+
+    Attributes
+    ----------
+    sources : tuple of str
+        Names of the stored tensors it is told from.
+    make : callable
+        Gives its entry, given theirs in this order.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[[Sequence[Entry]], Entry]
+
+
 class Tensors(Mapping[str, Entry]):
     """Tensor name → entry, over all files of one checkpoint; files are opened when they are needed.
 
@@ -47,29 +64,57 @@ class Tensors(Mapping[str, Entry]):
         What says so, for messages.
     opened : iterable of WeightFile
         Files that are open already.
+    derived : mapping
+        Name → tensor that is told from others, which then have no name of their own.
     """
 
     def __init__(
-        self, where: Mapping[str, Place], source: Place, opened: Iterable[WeightFile] = ()
+        self,
+        where: Mapping[str, Place],
+        source: Place,
+        opened: Iterable[WeightFile] = (),
+        derived: Mapping[str, Derived] = MappingProxyType({}),
     ) -> None:
         self._where, self._source = dict(where), source
         self._opened = {file.place: file for file in opened}
+        self._derived = dict(derived)
+        self._made: dict[str, Entry] = {}
+        hidden = {name for one in self._derived.values() for name in one.sources}
+        self._names = dict.fromkeys([*(n for n in where if n not in hidden), *self._derived])
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Entry:
+        if (derived := self._derived.get(name)) is None:
+            return self._stored(name)
+        if name not in self._made:
+            self.open([name])
+            self._made[name] = derived.make([self._stored(source) for source in derived.sources])
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def _stored(self, name: str) -> Entry:
         if (place := self._where[name]) not in self._opened:
             self.open([name])
         return self._opened[place].entries[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+    def _places(self, name: str) -> list[Place]:
+        """Give the files that a tensor, or what it is told from, lies in."""
+        sources = self._derived[name].sources if name in self._derived else (name,)
+        return list(dict.fromkeys(self._where[source] for source in sources))
 
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
+    def with_derived(self, derived: Mapping[str, Derived]) -> Tensors:
+        """Give these with some told from others."""
+        both = {**self._derived, **derived}
+        return Tensors(self._where, self._source, self._opened.values(), both)
 
     def open(self, names: Iterable[str]) -> None:
         """Open the files that hold these tensors, reading their headers side by side.
@@ -79,7 +124,7 @@ class Tensors(Mapping[str, Entry]):
         CheckpointError
             When a file cannot be read or lacks a tensor that should be in it.
         """
-        needed = dict.fromkeys(self._where[name] for name in names)
+        needed = dict.fromkeys(place for name in names for place in self._places(name))
         for file in at_once(_open_file, [place for place in needed if place not in self._opened]):
             self._opened[file.place] = file
         absent = sorted(
@@ -97,7 +142,7 @@ class Tensors(Mapping[str, Entry]):
         """Give these and the chosen ones of another file's together."""
         more = {name: place for name, place in other._where.items() if chosen(name)}
         files = [*self._opened.values(), *other._opened.values()]
-        return Tensors({**self._where, **more}, self._source, files)
+        return Tensors({**self._where, **more}, self._source, files, self._derived)
 
     def read(self, name: str, again: bool = False, rows: Sequence[slice] = (ALL,)) -> Tensor:
         """Give the values of one tensor, or of some of its rows.
@@ -139,12 +184,13 @@ class Tensors(Mapping[str, Entry]):
         if matrix.stored_transposed:
             whole = matrix.take(self.read(name, again=matrix.part is not None))
             return whole if rows is None else whole[rows]
-        return self.read(name, rows=matrix.rows_of_stored(rows))
+        return laid_flat(self.read(name, rows=matrix.rows_of_stored(rows)))
 
     def is_remote(self, name: str) -> bool:
         """Tell whether a tensor lies on another machine."""
-        place = self._where[name]
-        return isinstance(place, RemotePlace) and place.local is None
+        return any(
+            isinstance(place, RemotePlace) and place.local is None for place in self._places(name)
+        )
 
     def shapes_of(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shape of some of the tensors; files that hold none of them stay closed."""
@@ -165,7 +211,7 @@ class Tensors(Mapping[str, Entry]):
     def state(self, name: str) -> tuple[object, ...]:
         """Give what the file that holds a tensor was like when it was opened."""
         self.open([name])
-        return self._opened[self._where[name]].state
+        return tuple(fact for place in self._places(name) for fact in self._opened[place].state)
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -181,7 +227,7 @@ class Tensors(Mapping[str, Entry]):
         CheckpointError
             When one has changed or is gone.
         """
-        for place in dict.fromkeys(self._where[name] for name in names):
+        for place in dict.fromkeys(place for name in names for place in self._places(name)):
             if isinstance(place, RemotePlace):
                 continue  # what is read of it is of the file that was opened, or is refused
             try:
@@ -307,6 +353,11 @@ def _open_pickle(path: Path) -> WeightFile:
 
     held = tensors_within(loaded, path)
     return WeightFile(path, {name: entry(value) for name, value in held.items()}, 0, state)
+
+
+def laid_flat(tensor: Tensor) -> Tensor:
+    """Lay the kernel of a convolution flat: (out, in, kh, kw) becomes (out, in·kh·kw)."""
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
 def _some(tensor: Tensor, rows: slice) -> Tensor:

@@ -1,0 +1,191 @@
+"""Factors and magnitudes by the endings of their tensors' names, as most layouts store them.
+
+A layout says how its names end, and what the scaling is. Shapes are A (rank, in), B (out, rank), a
+magnitude of one number per output or per input feature.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from wda.checkpoints.forms import Axis, Decomposed, Factors, Form, Nothing, Stored, Whole
+from wda.checkpoints.tensors import Tensors
+from wda.errors import CheckpointError, listing
+from wda.places import Place
+
+# What a tensor is (A, B, magnitude, whole weight, frozen, …) → how its name ends, after the
+# module's path. The first that fits counts.
+Endings = Mapping[str, re.Pattern[str]]
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Names:
+    """An adapter's tensors, sorted by what they are and by the module they belong to.
+
+    Attributes
+    ----------
+    path : Place
+        Where they lie, for messages.
+    tensors : Tensors
+        All of them.
+    by_kind : mapping
+        Kind → module → tensor name.
+    unread : tuple of str
+        The names that fit no kind.
+    turned : bool
+        Whether the file holds A as (in, rank) and B as (rank, out).
+    """
+
+    path: Place
+    tensors: Tensors
+    by_kind: Mapping[str, Mapping[str, str]]
+    unread: tuple[str, ...]
+    turned: bool = False
+
+    def __getitem__(self, kind: str) -> Mapping[str, str]:
+        """Give module → tensor name of one kind."""
+        return self.by_kind.get(kind, {})
+
+    def stored(self, kind: str, module: str) -> Stored:
+        """Give a module's tensor of a kind."""
+        turned = self.turned and kind in ("A", "B")
+        return Stored(self.tensors, self[kind][module], turned)
+
+    def rank(self, module: str) -> int:
+        """Give the rank of a module's factors."""
+        return self.stored("A", module).shape[0]
+
+    def forms(
+        self,
+        scaling: Callable[[str], float],
+        axis: Callable[[str], Axis] = lambda _module: "output",
+    ) -> dict[str, Form]:
+        """Say which form each module has, after making sure that its tensors fit.
+
+        Parameters
+        ----------
+        scaling : callable
+            Gives the factor s of a module.
+        axis : callable
+            Gives what the magnitude of a module has one number of.
+
+        Raises
+        ------
+        CheckpointError
+            When factors or magnitudes do not fit each other.
+        """
+        self._check(axis)
+        forms: dict[str, Form] = {m: Whole(self.stored("whole", m)) for m in self["whole"]}
+        for module in self["A"]:
+            a, b = self.stored("A", module), self.stored("B", module)
+            forms[module] = Factors(a, b, scaling(module))
+        for module in self["magnitude"]:
+            magnitude = self.stored("magnitude", module)
+            direction = forms[module] if module in self["A"] else Nothing(magnitude)
+            forms[module] = Decomposed(direction, magnitude, axis(module))
+        return forms
+
+    def require_magnitudes(self, modules: Iterable[str], why: str, way_out: str) -> None:
+        """Refuse an adapter that lacks the magnitude of one of these modules.
+
+        Raises
+        ------
+        CheckpointError
+            Naming them.
+        """
+        missing = sorted(set(modules) - set(self["magnitude"]))
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: {why} for {listing(missing, 6)}; {way_out}; nothing stands in for "
+                "them"
+            )
+
+    def _check(self, axis: Callable[[str], Axis]) -> None:
+        a, b = set(self["A"]), set(self["B"])
+        if a != b:
+            raise CheckpointError(
+                f"{self.path}: lora_A and lora_B do not belong together; only one of the two "
+                f"exists for {listing(sorted(a ^ b))}"
+            )
+        shapes = {m: (self.stored("A", m).shape, self.stored("B", m).shape) for m in sorted(a)}
+        wrong = [
+            f"{module} (A {of_a}, B {of_b})"
+            for module, (of_a, of_b) in shapes.items()
+            if of_a[0] != of_b[1]
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.path}: factors that do not fit each other: {listing(wrong, 6)}; "
+                "all of them must come from one training"
+            )
+        wrong = [
+            f"{module} ({count} numbers for {features} {axis(module)} features)"
+            for module in sorted(set(self["magnitude"]) & a)
+            if not _fits(
+                count := math.prod(self.stored("magnitude", module).shape),
+                features := _features(*shapes[module], axis(module)),
+                axis(module),
+            )
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.path}: a magnitude needs one number per feature of its axis; wrong for "
+                f"{listing(wrong, 6)}"
+            )
+
+
+def sort_names(
+    path: Place, tensors: Tensors, endings: Endings, prefix: str = PREFIX, turned: bool = False
+) -> Names:
+    """Sort an adapter's tensors by what they are.
+
+    Parameters
+    ----------
+    path : Place
+        Where they lie, for messages.
+    tensors : Tensors
+        The tensors.
+    endings : mapping
+        Kind → how names end. A kind ``whole`` takes matrices only.
+    prefix : str
+        What stands before the module's path.
+    turned : bool
+        Whether the file holds A as (in, rank) and B as (rank, out).
+
+    Raises
+    ------
+    CheckpointError
+        When a module has two tensors of one kind, or there is no factor and no magnitude.
+    """
+    names: dict[str, dict[str, str]] = {kind: {} for kind in endings}
+    unread = []
+    for name, entry in tensors.items():
+        kind = next((kind for kind, end in endings.items() if end.search(name)), None)
+        if kind is None or (kind == "whole" and len(entry.shape) < 2):
+            unread.append(name)
+            continue
+        module = endings[kind].sub("", name).removeprefix(prefix)
+        if kind != "frozen" and module in names[kind]:
+            raise CheckpointError(
+                f"{path}: holds several adapters of {module} ({names[kind][module]} "
+                f"and {name}); save the one that is meant alone"
+            )
+        names[kind][module] = name
+    if not names["A"] and not names.get("magnitude"):
+        ending = endings["A"].pattern.strip("$").replace("\\", "").lstrip(".")
+        raise CheckpointError(f"{path}: no tensor ends in {ending}; found {listing(tensors, 4)}")
+    return Names(path, tensors, names, tuple(unread), turned)
+
+
+def _features(a: tuple[int, int], b: tuple[int, int], axis: Axis) -> int:
+    return b[0] if axis == "output" else a[1]
+
+
+def _fits(count: int, features: int, axis: Axis) -> bool:
+    # A convolution has one number per input channel, and several features of each.
+    return count == features if axis == "output" else count > 0 and features % count == 0

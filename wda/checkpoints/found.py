@@ -1,0 +1,88 @@
+"""What lies at a place, looked at once for all layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from wda.checkpoints.given import NOTHING_GIVEN, Given
+from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
+from wda.places import Place
+from wda.remote import RemotePlace
+
+CONFIG_FILE = "adapter_config.json"
+
+# The names that weights go by in folders, adapters' first: where a folder has several of them,
+# whole models lie beside adapters as what they were merged into or made from.
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model_fsdp.bin",
+)
+ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt")
+
+
+class Found:
+    """What lies at a place. Layouts look at it in turn, and it is opened once.
+
+    Parameters
+    ----------
+    path : Place
+        A folder or a weight file.
+    given : Given
+        What the user says of it.
+    """
+
+    def __init__(self, path: Place, given: Given = NOTHING_GIVEN) -> None:
+        self.path, self.given = path, given
+
+    @cached_property
+    def is_folder(self) -> bool:
+        """Whether it is a folder rather than one file."""
+        return self.path.is_dir()
+
+    @property
+    def folder(self) -> Place:
+        """The folder, or that of the file."""
+        return self.path if self.is_folder else self.path.parent
+
+    @cached_property
+    def file(self) -> Place | None:
+        """The file with its weights, or with the index of their shards."""
+        if not self.is_folder:
+            return self.path if self.path.name.endswith(ENDINGS) else None
+        return self.has(*ADAPTER_FILES, *WEIGHT_FILES)
+
+    def has(self, *names: str) -> Place | None:
+        """Give the first of these files that the folder has."""
+        return first_file(self.folder, *names)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The ``adapter_config.json`` beside the weights; empty where there is none."""
+        return self.json(CONFIG_FILE)
+
+    def json(self, name: str) -> Mapping[str, Any]:
+        """Read a JSON file of the folder; empty where there is none."""
+        file = self.has(name)
+        return {} if file is None else read_json(file)
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Its tensors by name; none where no weight file is found."""
+        return Tensors({}, self.path) if self.file is None else open_tensors(self.file)
+
+    @property
+    def listable(self) -> bool:
+        """Whether its folder can be listed, which a web server's cannot."""
+        return not isinstance(self.folder, RemotePlace) or self.folder.listable

@@ -8,7 +8,16 @@ import torch
 
 from wda import engine, kernels, rows
 from wda.decomposition import decomposition
-from wda.updates import Dense, LowRank, Update, WeightDecomposed
+from wda.updates import (
+    Computed,
+    Dense,
+    LowRank,
+    Update,
+    WeightDecomposed,
+    column_scale,
+    column_scaled,
+    merged,
+)
 
 OUT, IN, RANK, SCALING = 6, 9, 3, 5 / 3
 
@@ -68,6 +77,72 @@ def test_dense(per: str) -> None:
     wt = w0 + SCALING * B @ A
     got = measured(w0, Dense(wt), per)
     assert got == pytest.approx(truth(w0, oracle.vectors(wt, "output"), per), rel=1e-8)
+
+
+def computed(low_rank: LowRank) -> Computed:
+    """The same as an update that has to be formed."""
+    return Computed(low_rank.shape, torch.float32, low_rank.delta)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_one_magnitude_per_input(
+    per: str, formed: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(kernels, "takes", lambda _rows: False)
+    w0, A, B = parts(1e-2)
+    low_rank = LowRank(A, B, SCALING)
+    magnitude = w0.norm(dim=0) * (1 + torch.linspace(-0.2, 0.3, IN))
+    magnitude[2] *= -1
+    v = oracle.transposed(oracle.low_rank_weight(w0, A, B, SCALING))
+    wt = oracle.transposed(oracle.weight_decomposed(v, magnitude))
+    direction: Update = computed(low_rank) if formed else low_rank
+    scale = column_scale(direction, magnitude, w0)
+    got = measured(w0, column_scaled(direction, scale), per)
+    assert got == pytest.approx(truth(w0, wt, per), rel=1e-8)
+    # The same of some rows, when the lengths of the columns are known.
+    some = LowRank(A, B[2:4], SCALING)
+    part = measured(w0[2:4], column_scaled(computed(some) if formed else some, scale), "output")
+    assert part == pytest.approx(truth(w0[2:4], wt[2:4], "output"), rel=1e-8)
+
+
+def test_one_magnitude_per_input_channel_of_a_convolution() -> None:
+    w0, A, B = parts(1e-2)  # 3 input channels with kernels of 3 numbers each
+    magnitude = torch.tensor([1.0, 2.5, 3.0])
+    v = w0.double() + SCALING * B.double() @ A.double()
+    norm = v.view(OUT, 3, 3).square().sum(dim=(0, 2)).sqrt()
+    wt = (v.view(OUT, 3, 3) * (magnitude / norm)[None, :, None]).view(OUT, IN)
+    direction = LowRank(A, B, SCALING)
+    update = column_scaled(direction, column_scale(direction, magnitude, w0))
+    assert torch.allclose(merged(update, w0), wt, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_magnitudes_of_a_direction_that_is_formed(per: str) -> None:
+    w0, A, B = parts(1e-2)
+    magnitude = w0.norm(dim=1) * (1 + torch.linspace(-0.2, 0.3, OUT))
+    wt = oracle.weight_decomposed(oracle.low_rank_weight(w0, A, B, SCALING), magnitude)
+    got = measured(w0, WeightDecomposed(computed(LowRank(A, B, SCALING)), magnitude), per)
+    assert got == pytest.approx(truth(w0, wt, per), rel=1e-8)
+
+
+def test_merged_weights_are_those_the_displacements_speak_of() -> None:
+    w0, A, B = parts(1e-2)
+    low_rank, magnitude = LowRank(A, B, SCALING), w0.norm(dim=1) * 1.25
+    in_turn = column_scale(low_rank, w0.norm(dim=0) * 1.25, w0)
+    for update in (
+        Dense(w0 + B @ A),
+        low_rank,
+        computed(low_rank),
+        WeightDecomposed(low_rank, magnitude),
+        column_scaled(low_rank, in_turn),
+        column_scaled(computed(low_rank), in_turn),
+    ):
+        wt = oracle.vectors(merged(update, w0), "output")
+        assert measured(w0, update, "output") == pytest.approx(truth(w0, wt, "output"), rel=1e-9)
+        assert measured(w0, update, "input") == pytest.approx(truth(w0, wt, "input"), rel=1e-9)
 
 
 def test_terms_that_cancel_are_computed_directly() -> None:

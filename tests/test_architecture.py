@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "wda"
 
 # From the ground up. What stands on one line may not import from each other.
 ROOMS: list[set[str]] = [
-    {"_version", "errors", "kernels", "signals"},
+    {"_version", "errors", "kernels", "signals", "safetensors_writing"},
     {"places", "fused"},
     {"remote"},
     {"files", "locations", "progress", "provenance", "validation", "decomposition", "table"},
@@ -22,7 +22,7 @@ ROOMS: list[set[str]] = [
     {"checkpoints"},
     {"manifest"},
     {"runs", "figures"},
-    {"pairing", "inspection"},
+    {"pairing", "inspection", "merging"},
     {"plan"},
     {"engine"},
     {"schedule"},

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wda.decomposition import Decomposition, decompose
     from wda.errors import WdaError
     from wda.manifest import Manifest, load_manifest
+    from wda.merging import merge
     from wda.statistics import compute_statistics
     from wda.table import read_table
 
@@ -43,6 +44,7 @@ __all__ = [
     "decompose",
     "figures",
     "load_manifest",
+    "merge",
     "read_table",
     "training",
 ]
@@ -56,6 +58,7 @@ _HOMES = {
     "compute_statistics": "wda.statistics",
     "decompose": "wda.decomposition",
     "load_manifest": "wda.manifest",
+    "merge": "wda.merging",
     "read_table": "wda.table",
 }
 

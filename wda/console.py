@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from wda.inspection import Inspection
+    from wda.merging import Merged
     from wda.plan import Reading
 
 
@@ -93,6 +94,19 @@ def show_inspection(found: Sequence[Inspection], as_json: bool) -> None:
         known = sorted(layer for layer in set(layers) if layer >= 0)
         span = f"{known[0]} to {known[-1]}" if len(known) > 1 else "".join(map(str, known)) or "–"
         shown.add_row(*common, str(len(layers)), span)
+    Console().print(shown)
+
+
+def show_merged(done: Sequence[Merged], as_json: bool) -> None:
+    """Print what became of each matrix that was merged."""
+    if as_json:
+        echo(json.dumps([asdict(one) for one in done], indent=2))
+        return
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("module", "dtype", "‖Wt−W0‖/‖W0‖", "lost to rounding"):
+        shown.add_column(column, overflow="fold")
+    for one in done:
+        shown.add_row(one.module, one.dtype, f"{one.relative_update:.3g}", f"{one.error:.2%}")
     Console().print(shown)
 
 

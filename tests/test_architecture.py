@@ -23,7 +23,7 @@ ROOMS: list[set[str]] = [
     {"manifest"},
     {"runs", "figures"},
     {"pairing", "inspection", "merging"},
-    {"plan"},
+    {"plan", "diagnosis"},
     {"engine"},
     {"schedule"},
     {"cache", "cluster"},

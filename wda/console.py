@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 from typer import echo
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from wda.diagnosis import Finding
     from wda.inspection import Inspection
     from wda.merging import Merged
     from wda.plan import Reading
@@ -108,6 +110,22 @@ def show_merged(done: Sequence[Merged], as_json: bool) -> None:
     for one in done:
         shown.add_row(one.module, one.dtype, f"{one.relative_update:.3g}", f"{one.error:.2%}")
     Console().print(shown)
+
+
+_COLOURS = {"ok": "green", "suspicious": "yellow", "wrong": "bold red"}
+
+
+def show_findings(found: Sequence[Finding], as_json: bool) -> None:
+    """Print what the checks found, and what to do."""
+    if as_json:
+        echo(json.dumps([asdict(finding) for finding in found], indent=2))
+        return
+    console = Console(highlight=False)
+    for finding in found:
+        verdict = f"[{_COLOURS[finding.verdict]}]{finding.verdict:10}[/]"
+        console.print(f"{verdict}  {finding.check}: {escape(finding.number)}", soft_wrap=True)
+        if finding.advice:
+            console.print(f"            → {escape(finding.advice)}", soft_wrap=True)
 
 
 def _cell(value: object) -> str:

@@ -1,4 +1,4 @@
-"""``wda compare``, ``wda inspect`` and ``wda figures``: what looks at checkpoints."""
+"""``wda compare``, ``inspect``, ``doctor`` and ``figures``: what looks at checkpoints."""
 
 from __future__ import annotations
 
@@ -189,6 +189,45 @@ def inspect(
     from wda.inspection import inspect as run_inspect
 
     show_inspection(run_inspect(location, gather(alpha, enabled, axis, initial)), as_json)
+
+
+@app.command()
+def doctor(
+    location: Annotated[
+        str, typer.Argument(metavar="LOCATION", help="A checkpoint; of a run the newest.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOCATION", help="The pre-trained model; by default what it names itself."
+        ),
+    ] = None,
+    alpha: Alpha = None,
+    enabled: Enabled = None,
+    axis: Axis = None,
+    initial: Initial = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the findings as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Tell what is wrong or suspicious in a checkpoint, with the number that says so.
+
+    Looks for NaN, weights and magnitudes that never moved, magnitudes of another axis, order or
+    layer, a base that is another model or merged already, and updates as small as rounding. The
+    exit code is 1 when something is wrong.
+
+    **Example**
+
+        wda doctor runs/dora --base hf://ORG/NAME
+    """
+    from wda.console import show_findings
+    from wda.diagnosis import diagnose
+
+    given = gather(alpha, enabled, axis, initial)
+    found = diagnose(location, base, given, progress=sys.stderr.isatty())
+    show_findings(found, as_json)
+    if any(finding.verdict == "wrong" for finding in found):
+        raise typer.Exit(1)
 
 
 @app.command()

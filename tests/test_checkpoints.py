@@ -218,11 +218,14 @@ def rewrite_config(folder: Path, **changes: object) -> None:
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora is true but lora_magnitude_vector is missing for .*layer.0"),
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read yet; 'LORA'"),
+        ({"peft_type": "LOHA"}, "alpha missing; the scaling needs it"),
         ({"lora_alpha": None}, "lora_alpha missing; the scaling needs it"),
         ({"r": 4}, "rank 3 in the file, 4 in the config"),
-        ({"init_lora_weights": "pissa"}, "'pissa' changes the base weight before training"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication changes what the tensors mean"),
+        ({"init_lora_weights": "corda"}, "'corda' changes the base weight in a way"),
+        (
+            {"layer_replication": [[0, 2], [1, 3]]},
+            "layer_replication uses layer 1 of the base twice",
+        ),
     ],
 )
 def test_adapter_configs_that_cannot_be_right(
@@ -267,12 +270,10 @@ def test_ambiguous_folders_are_refused(tmp_path: Path) -> None:
 
 def test_tensors_nobody_reads_are_named(tmp_path: Path, base: Path) -> None:
     tensors = save_pico_adapter(tmp_path / "a")
-    tensors["base_model.model.embeddings.lora_embedding_A"] = torch.randn(3, 40)
+    tensors["base_model.model.embeddings.other"] = torch.randn(3, 40)
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     comparison = wda.compare(tmp_path / "a", base=base, progress=False)
-    assert comparison.notes == (
-        "a: tensors that were not read: base_model.model.embeddings.lora_embedding_A",
-    )
+    assert comparison.notes == ("a: tensors that were not read: base_model.model.embeddings.other",)
 
 
 def test_a_base_is_a_whole_model(tmp_path: Path) -> None:

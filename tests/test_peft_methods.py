@@ -17,7 +17,6 @@ from torch import nn
 
 import wda
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
 LLAMA = transformers.LlamaConfig(

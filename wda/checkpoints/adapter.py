@@ -86,5 +86,6 @@ class Adapter(Checkpoint):
         return stored and (*stored, *self.forms[module].told)
 
     def tensors_of(self, module: str) -> tuple[str, ...]:
-        """Name the tensors of the form."""
-        return tuple(part.name for part in self.forms[module].parts)
+        """Name the tensors of the form, as far as they are its own."""
+        parts = self.forms[module].parts
+        return tuple(part.name for part in parts if part.tensors is self.tensors)

@@ -176,7 +176,7 @@ def sort_names(
                 f"and {name}); save the one that is meant alone"
             )
         names[kind][module] = name
-    if not names["A"] and not names.get("magnitude"):
+    if not any(of_kind for kind, of_kind in names.items() if kind not in ("whole", "frozen")):
         ending = endings["A"].pattern.strip("$").replace("\\", "").lstrip(".")
         raise CheckpointError(f"{path}: no tensor ends in {ending}; found {listing(tensors, 4)}")
     return Names(path, tensors, names, tuple(unread), turned)

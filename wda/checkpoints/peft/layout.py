@@ -1,0 +1,84 @@
+"""The layout of peft's folders: a configuration that names the method, and the method's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from wda.checkpoints.adapter import Adapter
+from wda.checkpoints.found import CONFIG_FILE, WEIGHT_FILES, Found
+from wda.checkpoints.peft import lora, methods, tokens
+from wda.checkpoints.peft.contents import Contents
+from wda.errors import CheckpointError
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+# What only an adapter's tensors are called, also in the state dict of a whole PeftModel.
+_SIGNS = (".lora_", ".vera_", ".hada_", ".lokr_", ".oft_", ".boft_", ".ia3_", ".base_layer.")
+
+_READERS: dict[str, Callable[[Found], Contents]] = {
+    "LORA": lora.read,
+    "ADALORA": methods.read_adalora,
+    "VERA": methods.read_vera,
+    "LOHA": methods.read_loha,
+    "LOKR": methods.read_lokr,
+    "OFT": methods.read_oft,
+    "BOFT": methods.read_boft,
+    "IA3": methods.read_ia3,
+    "TRAINABLE_TOKENS": tokens.read,
+}
+
+
+class PeftCheckpoint(Adapter):
+    """A folder with ``adapter_config.json`` and the adapter's tensors."""
+
+    layout = "PEFT adapter"
+    evidence = "adapter_config.json with peft_type"
+
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, found: Found) -> Self | None:
+        """Open an adapter folder."""
+        if not found.is_folder or not found.config:
+            return None
+        _check_files(found)
+        kind = str(found.config.get("peft_type"))
+        if kind not in _READERS:
+            raise CheckpointError(
+                f"{found.folder / CONFIG_FILE}: peft_type {kind!r} is not read yet; "
+                f"{', '.join(_READERS)} are"
+            )
+        contents = _READERS[kind](found)
+        base = found.config.get("base_model_name_or_path") or None
+        checkpoint = cls(
+            found, found.tensors, contents.forms, contents.method, contents.unread, base
+        )
+        checkpoint.config = found.config
+        return checkpoint
+
+    def says_transposed(self, module: str, stored: tuple[int, int]) -> bool:
+        """Tell whether ``fan_in_fan_out`` holds for a base matrix of this stored shape."""
+        if module not in self.required or not self.config.get("fan_in_fan_out"):
+            return False
+        return stored == self.forms[module].shape[::-1]
+
+
+def _check_files(found: Found) -> None:
+    """Refuse a folder without an adapter, or with a whole model beside it."""
+    in_model = found.file is not None and found.file.name in WEIGHT_FILES
+    if found.file is None or (in_model and not any(_is_peft(name) for name in found.tensors)):
+        raise CheckpointError(
+            f"{found.path}: {CONFIG_FILE} without weights; expected {' or '.join(_FILES)}"
+        )
+    whole = found.has(*WEIGHT_FILES)
+    if whole is not None and not in_model:
+        raise CheckpointError(
+            f"{found.path}: holds an adapter ({found.file.name}) and a whole model "
+            f"({whole.name}), which may have the adapter merged into it already; move one of "
+            "them away"
+        )
+
+
+def _is_peft(name: str) -> bool:
+    return any(sign in name for sign in _SIGNS)

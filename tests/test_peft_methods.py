@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wda
+from wda.checkpoints import Given
+from wda.errors import WdaError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -110,7 +112,7 @@ def saved_base(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def trained(case: Case, folder: Path) -> nn.Module:
+def trained(case: Case, folder: Path) -> Any:
     """Save a base and an adapter of it; give the adapted model."""
     torch.manual_seed(5)
     model = case.model()
@@ -380,3 +382,264 @@ def test_the_table_is_that_of_pefts_merged_weights(name: str, per: str, tmp_path
     assert set(comparison.table["matrix"]) == set(case.matrices.split(","))
     assert set(comparison.table["method"]) == {case.method}
     agree(comparison.table, base, truth, per)
+
+
+QD = ["q_proj", "down_proj"]
+
+# Methods that peft itself merges, with the settings that fit such small matrices.
+MERGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ADAMSS": ("ADAMSS", {}),
+    "C3A": ("C3A", {"block_size": 4}),
+    "DEFT": ("DEFT", {}),
+    "DELORA": ("DELORA", {}),
+    "FOURIERFT": ("FOURIERFT", {"n_frequency": 50}),
+    "GLORA": ("GLORA", {}),
+    "GRALORA": ("GRALORA", {}),
+    "HIRA": ("HIRA", {}),
+    "HRA": ("HRA", {}),
+    "MISS": ("MISS", {"r": 4}),
+    "MISS bat": ("MISS", {"r": 4, "init_weights": "bat"}),
+    "OSF": ("OSF", {}),
+    "PEANUT": ("PEANUT", {}),
+    "PSOFT": ("PSOFT", {"r": 4}),
+    "PVERA": ("PVERA", {}),
+    "PVERA unsaved": ("PVERA", {"save_projection": False}),
+    "RANDLORA": ("RANDLORA", {}),
+    "RANDLORA unsaved": ("RANDLORA", {"save_projection": False}),
+    "ROAD": ("ROAD", {"group_size": 4}),
+    "SHIRA": ("SHIRA", {"r": 4}),
+    "SUPERTUNING": ("SUPERTUNING", {}),
+    "VBLORA": ("VBLORA", {"vector_length": 4, "num_vectors": 12}),
+    "VBLORA saved top": (
+        "VBLORA",
+        {"vector_length": 4, "num_vectors": 12, "save_only_topk_weights": True},
+    ),
+    "WAVEFT": ("WAVEFT", {"n_frequency": 50}),
+    "BDLORA": (
+        "LORA",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_bdlora": peft.tuners.lora.config.BdLoraConfig(
+                target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj"], nblocks=2
+            ),
+        },
+    ),
+    "KASA": (
+        "LORA",
+        {"r": 4, "lora_alpha": 6, "kasa_config": peft.tuners.lora.config.KasaConfig()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_peft_merges_what_has_no_reader(name: str, tmp_path: Path) -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind, settings = MERGED[name]
+    case = Case(
+        llama,
+        lambda: PEFT_TYPE_TO_CONFIG_MAPPING[kind](target_modules=QD, **settings),
+        "query,down",
+        kind.lower(),
+    )
+    adapted = trained(case, tmp_path)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    truth = merged_weights(adapted)
+    comparison = wda.compare(
+        tmp_path / "run",
+        base=tmp_path / "base",
+        matrices=case.matrices,
+        cache=False,
+        progress=False,
+    )
+    assert len(comparison.table) == 4
+    agree(comparison.table, base, truth, "output")
+    (checkpoint,) = comparison.provenance["checkpoints"]
+    assert checkpoint["layout"] == "PEFT adapter, merged by peft itself"
+
+
+def compared(folder: Path, matrices: str, **options: Any) -> Any:
+    return wda.compare(
+        folder / "run",
+        base=folder / "base",
+        matrices=matrices,
+        cache=False,
+        progress=False,
+        **options,
+    ).table
+
+
+def base_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "base" / "model.safetensors")
+
+
+def rewritten(folder: Path, **changes: Any) -> None:
+    """Change fields of the configuration; None removes one."""
+    file = folder / "run" / "checkpoint-3" / "adapter_config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def as_state_dict(adapted: nn.Module, folder: Path) -> None:
+    """Put the state dict of the whole PeftModel in place of the adapter."""
+    saved = folder / "run" / "checkpoint-3"
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save(dict(adapted.state_dict()), saved / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding dora", "modules to save", "token indices"])
+def test_a_peft_models_own_state_dict(name: str, tmp_path: Path) -> None:
+    adapted = trained(LORA[name], tmp_path)
+    as_state_dict(adapted, tmp_path)
+    table = compared(tmp_path, LORA[name].matrices)
+    changed = table[table.delta_d > 0]
+    assert set(changed["matrix"]) == set(LORA[name].matrices.split(","))
+    agree(changed, base_of(tmp_path), merged_weights(adapted), "output")
+
+
+@pytest.mark.parametrize("initialiser", ["pissa_niter_4", "corda", "lora_ga"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_initialiser_that_needs_the_adapter_before_training(
+    initialiser: str, dora: bool, tmp_path: Path
+) -> None:
+    # What the three leave of W0 is W0 − s·B0·A0; only how A0 and B0 come about differs, and that of
+    # the last two needs data. The first is run, and its result is passed off as the others'.
+    torch.manual_seed(6)
+    model = llama()
+    saved_base(model, tmp_path / "base")
+    config = lora("q_proj", "v_proj", init_lora_weights="pissa_niter_4", use_dora=dora)()
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "before")
+    perturbed(adapted)
+    adapted.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    rewritten(tmp_path, init_lora_weights=initialiser)
+    with pytest.raises(WdaError, match="cannot be computed again; .* --initial"):
+        compared(tmp_path, QV)
+    table = compared(tmp_path, QV, given=Given(initial=str(tmp_path / "before")))
+    truth = merged_weights(adapted)
+    agree(table, base_of(tmp_path), truth, "output")
+
+
+def test_the_base_that_an_initialiser_left(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    model = llama()
+    saved_base(model, tmp_path / "base")
+    adapted: Any = peft.get_peft_model(model, lora("q_proj", "v_proj")())
+    with torch.no_grad():  # as a quantisation would
+        for name, parameter in adapted.named_parameters():
+            if name.endswith("base_layer.weight"):
+                parameter.copy_((parameter * 64).round() / 64)
+    perturbed(adapted)
+    adapted.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    rewritten(tmp_path, init_lora_weights="loftq")
+    left = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in adapted.state_dict().items()
+        if "lora_" not in name
+    }
+    (tmp_path / "left").mkdir()
+    save_file(left, tmp_path / "left" / "model.safetensors")
+    with pytest.raises(WdaError, match="the base that it left with --initial"):
+        compared(tmp_path, QV)
+    with pytest.raises(WdaError, match="is an adapter; loftq leaves a quantised base"):
+        compared(tmp_path, QV, given=Given(initial=str(tmp_path / "run" / "checkpoint-3")))
+    table = compared(tmp_path, QV, given=Given(initial=str(tmp_path / "left")))
+    agree(table, base_of(tmp_path), merged_weights(adapted), "output")
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 3}}])
+def test_a_converted_adapter_is_plain_lora(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    model = llama()
+    saved_base(model, tmp_path / "base")
+    config = lora("q_proj", "v_proj", init_lora_weights="pissa", **settings)()
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "before")
+    adapted.peft_config["default"].init_lora_weights = "pissa"
+    perturbed(adapted)
+    adapted.save_pretrained(
+        tmp_path / "run" / "checkpoint-3",
+        path_initial_model_for_weight_conversion=str(tmp_path / "before"),
+    )
+    table = compared(tmp_path, QV)
+    adapted.set_adapter("default")
+    truth = merged_weights(adapted)
+    assert len(table) == 4
+    for row in table.itertuples():  # the conversion rounds in float32
+        w0, wt = (t[f"{row.module}.weight"].double() for t in (base_of(tmp_path), truth))
+        assert row.delta_d == pytest.approx(by_definition(w0, wt, "output")[1], rel=1e-5)
+
+
+def test_pruned_adalora(tmp_path: Path) -> None:
+    adapted = trained(OTHERS["adalora"], tmp_path)
+    keep = [True, False, True, True, False]
+    names = [n for n, _ in adapted.named_parameters() if "lora_E" in n]
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_E" in name:
+                parameter[~torch.tensor(keep)] = 0.0
+    config = adapted.peft_config["default"]
+    config.rank_pattern = {n.removeprefix("base_model.model."): keep for n in names}
+    adapted.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    tensors = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in tensors.items() if name.endswith("lora_A")} == {3}
+    agree(compared(tmp_path, QV), base_of(tmp_path), merged_weights(adapted), "output")
+
+
+MOE = {
+    "mixtral": lambda: transformers.MixtralConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        vocab_size=30,
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        hidden_size=24,
+        moe_intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=3,
+        num_experts_per_tok=2,
+        vocab_size=30,
+        head_dim=6,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MOE)
+@pytest.mark.parametrize(
+    "targets", [["gate_up_proj", "down_proj"], ["gate_up_proj"], ["down_proj"]], ids=str
+)
+def test_stacked_experts(kind: str, targets: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(8)
+    model = transformers.AutoModelForCausalLM.from_config(MOE[kind]())
+    model.save_pretrained(tmp_path / "base")
+    parameters = [f"mlp.experts.{target}" for target in targets]
+    adapted: Any = peft.get_peft_model(
+        model, lora("q_proj", r=2, target_parameters=parameters, use_rslora=True)()
+    )
+    perturbed(adapted)
+    adapted.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    table = compared(tmp_path, "re:experts|q_proj")
+    merged = merged_weights(adapted)
+    truth = dict(merged)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for layer in range(2):
+        stacked = f"model.layers.{layer}.mlp.experts"
+        gates = merged[f"{stacked}.gate_up_proj"].chunk(2, dim=1)
+        parts = {"gate_proj": gates[0], "up_proj": gates[1]}
+        parts["down_proj"] = merged[f"{stacked}.down_proj"]
+        for label, tensor in parts.items():
+            for expert, weight in enumerate(tensor):
+                truth[f"{stacked}.{expert}.{label}.weight"] = weight
+                mixtral = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+                truth[f"{mixtral}.{names[label]}.weight"] = weight
+    matrices = sum({"gate_up_proj": 2, "down_proj": 1}[target] for target in targets)
+    assert len(table) == 2 * (1 + 3 * matrices)
+    agree(table, base_of(tmp_path), truth, "output")

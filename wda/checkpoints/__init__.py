@@ -10,7 +10,7 @@ from wda.checkpoints.full import FullCheckpoint
 from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.mlx import MlxCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
-from wda.checkpoints.peft import PeftCheckpoint
+from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
 from wda.errors import CheckpointError
 from wda.places import Place
 from wda.remote import RemotePlace
@@ -32,6 +32,7 @@ LAYOUTS: tuple[type[Checkpoint], ...] = (
     NvlabsCheckpoint,
     MlxCheckpoint,
     PeftCheckpoint,
+    MergedPeftCheckpoint,
     FullCheckpoint,
 )
 

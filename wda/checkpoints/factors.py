@@ -177,7 +177,8 @@ def sort_names(
             )
         names[kind][module] = name
     if not any(of_kind for kind, of_kind in names.items() if kind not in ("whole", "frozen")):
-        ending = endings["A"].pattern.strip("$").replace("\\", "").lstrip(".")
+        first = endings.get("A") or next(e for k, e in endings.items() if k != "frozen")
+        ending = first.pattern.strip("$").replace("\\", "").lstrip(".")
         raise CheckpointError(f"{path}: no tensor ends in {ending}; found {listing(tensors, 4)}")
     return Names(path, tensors, names, tuple(unread), turned)
 

@@ -1,5 +1,5 @@
 """Adapters as Hugging Face PEFT writes them."""
 
-from wda.checkpoints.peft.layout import PeftCheckpoint
+from wda.checkpoints.peft.layout import MergedPeftCheckpoint, PeftCheckpoint
 
-__all__ = ["PeftCheckpoint"]
+__all__ = ["MergedPeftCheckpoint", "PeftCheckpoint"]

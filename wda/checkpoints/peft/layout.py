@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.found import CONFIG_FILE, WEIGHT_FILES, Found
-from wda.checkpoints.peft import lora, methods, tokens
+from wda.checkpoints.peft import lora, merged, methods, tokens
 from wda.checkpoints.peft.contents import Contents
+from wda.checkpoints.peft.experts import spelled_as
 from wda.errors import CheckpointError
+from wda.naming import align
+
+if TYPE_CHECKING:
+    from wda.checkpoints.full import FullCheckpoint
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -30,7 +35,7 @@ _READERS: dict[str, Callable[[Found], Contents]] = {
 
 
 class PeftCheckpoint(Adapter):
-    """A folder with ``adapter_config.json`` and the adapter's tensors."""
+    """A folder with ``adapter_config.json`` and the tensors of a method that is read here."""
 
     layout = "PEFT adapter"
     evidence = "adapter_config.json with peft_type"
@@ -40,16 +45,10 @@ class PeftCheckpoint(Adapter):
     @classmethod
     def open(cls, found: Found) -> Self | None:
         """Open an adapter folder."""
-        if not found.is_folder or not found.config:
+        if not found.is_folder or not found.config or (read := cls._reader(found)) is None:
             return None
         _check_files(found)
-        kind = str(found.config.get("peft_type"))
-        if kind not in _READERS:
-            raise CheckpointError(
-                f"{found.folder / CONFIG_FILE}: peft_type {kind!r} is not read yet; "
-                f"{', '.join(_READERS)} are"
-            )
-        contents = _READERS[kind](found)
+        contents = read(found)
         base = found.config.get("base_model_name_or_path") or None
         checkpoint = cls(
             found, found.tensors, contents.forms, contents.method, contents.unread, base
@@ -57,11 +56,35 @@ class PeftCheckpoint(Adapter):
         checkpoint.config = found.config
         return checkpoint
 
+    @classmethod
+    def _reader(cls, found: Found) -> Callable[[Found], Contents] | None:
+        """Give what reads the method; None where only peft merges it."""
+        if merged.is_variant(found.config):
+            return None
+        return _READERS.get(str(found.config.get("peft_type")))
+
+    def names_in(self, base: FullCheckpoint) -> Mapping[str, str]:
+        """Give the base's names, in which experts may go by others than in memory."""
+        spelled = {module: spelled_as(module, base.modules) for module in sorted(self.modules)}
+        rename = align(spelled.values(), base.modules)
+        return {module: rename(name) for module, name in spelled.items()}
+
     def says_transposed(self, module: str, stored: tuple[int, int]) -> bool:
         """Tell whether ``fan_in_fan_out`` holds for a base matrix of this stored shape."""
         if module not in self.required or not self.config.get("fan_in_fan_out"):
             return False
         return stored == self.forms[module].shape[::-1]
+
+
+class MergedPeftCheckpoint(PeftCheckpoint):
+    """A folder of a method that peft itself has to merge."""
+
+    layout = "PEFT adapter, merged by peft itself"
+
+    @classmethod
+    def _reader(cls, found: Found) -> Callable[[Found], Contents] | None:  # noqa: ARG003
+        """Take any method."""
+        return merged.read
 
 
 def _check_files(found: Found) -> None:

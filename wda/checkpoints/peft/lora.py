@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from wda.checkpoints.forms import Decomposed, Factors, Form, Stored
 from wda.checkpoints.found import CONFIG_FILE, Found
 from wda.checkpoints.peft import tokens
 from wda.checkpoints.peft.contents import WHOLE, Contents, require
+from wda.checkpoints.peft.experts import split_experts
 from wda.checkpoints.peft.initial import start_of
 from wda.checkpoints.peft.versions import rank_and_alpha, written_by
 from wda.checkpoints.rebased import StoredStart, started_from
@@ -59,8 +61,10 @@ def read(found: Found) -> Contents:
     names = sort_names(found.path, found.tensors, _ENDINGS)
     if found.config.get("enable_lora"):
         return Contents(_merged_linears(found, names), "lora", names.unread)
+    experts, names = split_experts(found, names, partial(_scaled, found))
     scalings = {module: _scaling(found, module, names.rank(module)) for module in names["A"]}
     forms = names.forms(scalings.__getitem__)
+    forms |= experts
     forms |= _embeddings(found, names)
     forms |= tokens.replaced_rows(names, found.config, "trainable_token_indices")
     _check_magnitudes(found.config, names)
@@ -78,6 +82,10 @@ def _scaling(found: Found, module: str, rank: int) -> float:
             f"{found.path}: factors that do not fit {CONFIG_FILE}: {module} (rank {rank} in the "
             f"file, {declared:g} in the config); weights and config must come from one training"
         )
+    return _scaled(found, rank, alpha)
+
+
+def _scaled(found: Found, rank: int, alpha: float) -> float:
     return alpha / (math.sqrt(rank) if found.config.get("use_rslora") else rank)
 
 

@@ -72,8 +72,8 @@ def _projections(names: Names, config: Mapping[str, Any]) -> Projections:
 
 def read_loha(found: Found) -> Contents:
     """Read LoHa: s·(B1·A1) ⊙ (B2·A2), s = α/r."""
-    names = _sorted(found, *(f"hada_{n}" for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")))
     require(found, "r", "alpha")
+    names = _sorted(found, *(f"hada_{n}" for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")))
     forms: dict[str, Form] = {
         module: Hadamard(
             _product(names, module, "hada_w1_a", "hada_w1_b", "hada_t1"),
@@ -87,9 +87,9 @@ def read_loha(found: Found) -> Contents:
 
 def read_lokr(found: Found) -> Contents:
     """Read LoKr: s·(W1 ⊗ W2), s = α/r, each stored whole or as factors."""
+    require(found, "r", "alpha")
     kinds = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
     names = _sorted(found, *(f"lokr_{kind}" for kind in kinds))
-    require(found, "r", "alpha")
     forms: dict[str, Form] = {}
     for module in sorted({*names["lokr_w1"], *names["lokr_w1_a"]}):
         left = ("lokr_w1",) if module in names["lokr_w1"] else ("lokr_w1_a", "lokr_w1_b")

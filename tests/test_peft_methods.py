@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 
 import wda
 from wda.checkpoints import Given
-from wda.errors import WdaError
+from wda.errors import MissingExtraError, WdaError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -475,7 +477,7 @@ def base_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
-    """Change fields of the configuration; None removes one."""
+    """Change fields of the configuration; … removes one."""
     file = folder / "run" / "checkpoint-3" / "adapter_config.json"
     config = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
@@ -643,3 +645,108 @@ def test_stacked_experts(kind: str, targets: list[str], tmp_path: Path) -> None:
     matrices = sum({"gate_up_proj": 2, "down_proj": 1}[target] for target in targets)
     assert len(table) == 2 * (1 + 3 * matrices)
     agree(table, base_of(tmp_path), truth, "output")
+
+
+def test_replicated_layers_are_those_of_the_base(tmp_path: Path) -> None:
+    ranges = [[1, 2], [0, 1]]
+    adapted = trained(
+        Case(llama, lora("q_proj", "v_proj", layer_replication=ranges), QV, "lora"), tmp_path
+    )
+    merged = merged_weights(adapted)
+    truth = {
+        name.replace("layers.0.", "layers.?.").replace("layers.1.", "layers.0."): weight
+        for name, weight in merged.items()
+    }
+    truth = {name.replace("layers.?.", "layers.1."): weight for name, weight in truth.items()}
+    agree(compared(tmp_path, QV), base_of(tmp_path), truth, "output")
+
+
+def test_patterns_that_versions_match_differently(tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"1.self_attn.v_proj": 11}}
+    adapted = trained(Case(llama, lora("q_proj", "v_proj", **patterns), QV, "lora"), tmp_path)
+    truth = merged_weights(adapted)
+    agree(compared(tmp_path, QV), base_of(tmp_path), truth, "output")
+    rewritten(tmp_path, peft_version=..., target_parameters=...)
+    agree(compared(tmp_path, QV), base_of(tmp_path), truth, "output")  # its fields tell
+    rewritten(tmp_path, megatron_core=...)
+    with pytest.raises(WdaError, match="α = 6 up to 0.13, α = 11 in 0.14, α = 11 since 0.15"):
+        compared(tmp_path, QV)
+    rewritten(tmp_path, peft_version="0.15.1")
+    agree(compared(tmp_path, QV), base_of(tmp_path), truth, "output")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("linear", {"use_qalora": True}, "use_qalora adds to a weight quantised in groups"),
+        ("linear", {"alora_invocation_tokens": [1]}, "alora_invocation_tokens changes some tokens"),
+        ("linear", {"init_lora_weights": "new"}, "'new' is not known, and it may change the base"),
+        ("linear", {"rank_pattern": {"q_proj": 9}}, r"q_proj \(rank 4 in the file, 9 in the conf"),
+        ("linear", {"layer_replication": [[0, 2], [1, 2]]}, "uses layer 1 of the base twice"),
+        (
+            "conv1d of gpt-2",
+            {"use_dora": True, "peft_version": "0.10.0"},
+            "peft before 0.11 divided a Conv1D's DoRA by the lengths of the wrong axis",
+        ),
+        ("token indices", {"trainable_token_indices": [3, 1]}, "has 3 rows, but .* names 2 tokens"),
+        ("token indices", {"trainable_token_indices": [3, 1, 99]}, "row 99 of .*, which has 30"),
+        ("oft", {"use_cayley_neumann": ...}, "use_cayley_neumann missing, which tells how"),
+        ("ia3", {"feedforward_modules": []}, "does not fit feedforward_modules"),
+        ("loha", {"alpha": ...}, "alpha missing; the scaling needs it"),
+        ("adalora", {"init_r": ...}, "init_r missing; the scaling needs it"),
+        ("linear", {"peft_type": "TINYLORA"}, "'TINYLORA' is not read: either no weight changes"),
+        ("linear", {"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' is not read: either no weig"),
+        ("linear", {"peft_type": "LATER"}, "knows no peft_type 'LATER'; install the version"),
+        ("linear", {"peft_type": "HRA"}, "no tensor of a HRA adapter"),
+    ],
+)
+def test_what_cannot_be_read_right_is_refused(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    case = {**LORA, **OTHERS}[name]
+    trained(case, tmp_path)
+    rewritten(tmp_path, **changes)
+    with pytest.raises(WdaError, match=message):
+        compared(tmp_path, case.matrices)
+
+
+def test_rotations_that_weave_are_refused(tmp_path: Path) -> None:
+    trained(OTHERS["boft"], tmp_path)
+    file = tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    woven = {n: t.repeat(2, 1, 1, 1) if n.endswith("boft_R") else t for n, t in tensors.items()}
+    save_file(woven, file)
+    with pytest.raises(WdaError, match="boft_n_butterfly_factor above 1"):
+        compared(tmp_path, "query")
+
+
+def test_a_method_that_only_peft_merges_needs_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(Case(llama, lambda: peft.HRAConfig(target_modules=QD), "query,down", "hra"), tmp_path)
+    monkeypatch.setitem(sys.modules, "peft.mapping", None)
+    with pytest.raises(MissingExtraError, match=r"pip install '.*\[peft\]'"):
+        compared(tmp_path, "query")
+
+
+@pytest.mark.parametrize("name", ["vera", "adalora", "loha", "lokr", "boft"])
+def test_a_tensor_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
+    trained(OTHERS[name], tmp_path)
+    file = tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(n for n in tensors if n.endswith(("_d", "lora_E", "w2_b", "boft_s")))
+    save_file({n: t for n, t in tensors.items() if n != lost}, file)
+    kind = lost.rpartition(".")[2]
+    with pytest.raises(WdaError, match=f"{kind} is missing for "):
+        compared(tmp_path, OTHERS[name].matrices)
+
+
+def test_rows_of_a_part_are_those_of_the_whole(tmp_path: Path) -> None:
+    # A small memory cuts W0 into blocks of rows, of which each update is told alone.
+    for name in ("token indices", "lokr", "loha", "vera", "oft", "boft", "ia3", "pissa"):
+        folder = tmp_path / name
+        case = {**LORA, **REBASED, **OTHERS}[name]
+        trained(case, folder)
+        whole = compared(folder, case.matrices)
+        cut = compared(folder, case.matrices, max_memory=20_000)
+        pd.testing.assert_frame_equal(whole, cut, rtol=1e-12)

@@ -41,9 +41,9 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
 
     save_pico_adapter(tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
-    save_file({**load_file(file), "base_model.model.x.lora_embedding_A": torch.ones(2)}, file)
+    save_file({**load_file(file), "base_model.model.x.lora_other": torch.ones(2)}, file)
     (found,) = inspect(str(tmp_path / "a"))
-    assert found.unread == ("base_model.model.x.lora_embedding_A",)
+    assert found.unread == ("base_model.model.x.lora_other",)
 
 
 def test_no_tensor_travels(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -761,3 +762,69 @@ def test_an_update_of_some_rows_is_that_of_all(name: str, tmp_path: Path) -> Non
             assert torch.allclose(some.delta(w0[rows], slice(None)), whole[rows], atol=1e-12)
             picked = some.delta(w0[rows][:1], torch.tensor([0]))
             assert torch.allclose(picked, whole[rows][:1], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding dora", "pissa"])
+def test_a_state_dict_without_configuration_needs_alpha(name: str, tmp_path: Path) -> None:
+    case = {**LORA, **REBASED}[name]
+    adapted = trained(case, tmp_path)
+    as_state_dict(adapted, tmp_path)
+    (tmp_path / "run" / "checkpoint-3" / "adapter_config.json").unlink()
+    with pytest.raises(WdaError, match="without adapter_config.json, which has its α; .* --alpha"):
+        compared(tmp_path, case.matrices)
+    table = compared(tmp_path, case.matrices, given=Given(alpha=6.0))
+    assert set(table["method"]) == {case.method}
+    agree(table[table.delta_d > 0], base_of(tmp_path), merged_weights(adapted), "output")
+
+
+def test_tokens_alone(tmp_path: Path) -> None:
+    case = Case(
+        llama,
+        lambda: peft.TrainableTokensConfig(token_indices=[7, 2], target_modules=["embed_tokens"]),
+        "embed_tokens",
+        "trainable_tokens",
+    )
+    adapted = trained(case, tmp_path)
+    table = compared(tmp_path, case.matrices)
+    assert set(table["method"]) == {case.method}
+    agree(table, base_of(tmp_path), merged_weights(adapted), "output")
+
+
+@pytest.mark.parametrize("name", ["linear", "pissa"])
+def test_a_packed_base_beside_the_adapter_is_not_w0(name: str, tmp_path: Path) -> None:
+    case = {**LORA, **REBASED}[name]
+    adapted = trained(case, tmp_path)
+    as_state_dict(adapted, tmp_path)
+    file = tmp_path / "run" / "checkpoint-3" / "pytorch_model.bin"
+    tensors = torch.load(file)
+    packed = {
+        name: tensor.flatten()[::2, None].to(torch.uint8)
+        if name.endswith("base_layer.weight")
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    torch.save(packed, file)
+    table = compared(tmp_path, case.matrices)
+    agree(table[table.delta_d > 0], base_of(tmp_path), merged_weights(adapted), "output")
+
+
+def test_kept_results_tell_updates_apart(tmp_path: Path) -> None:
+    for name in ("oft", "ia3", "pissa", "vera without projections", "token indices"):
+        folder = tmp_path / name
+        case = {**LORA, **REBASED, **OTHERS}[name]
+        trained(case, folder)
+        options: dict[str, Any] = {"base": folder / "base", "matrices": case.matrices}
+        first = wda.compare(folder / "run", cache=folder / "kept", progress=False, **options)
+        again = wda.compare(folder / "run", cache=folder / "kept", progress=False, **options)
+        assert first.notes != again.notes
+        assert "rows were computed before" in again.notes[-1]
+        pd.testing.assert_frame_equal(first.table, again.table)
+    rewritten(tmp_path / "oft", num_cayley_neumann_terms=3)
+    other = wda.compare(
+        tmp_path / "oft" / "run",
+        base=tmp_path / "oft" / "base",
+        matrices="query,down",
+        cache=tmp_path / "oft" / "kept",
+        progress=False,
+    )
+    assert not any("rows were computed before" in note for note in other.notes)

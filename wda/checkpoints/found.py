@@ -77,6 +77,12 @@ class Found:
         file = self.has(name)
         return {} if file is None else read_json(file)
 
+    def with_config(self, config: Mapping[str, Any]) -> Found:
+        """Give the same with a configuration, where it has none."""
+        other = Found(self.path, self.given)
+        other.__dict__.update(self.__dict__, config=config)
+        return other
+
     @cached_property
     def tensors(self) -> Tensors:
         """Its tensors by name; none where no weight file is found."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from wda.checkpoints.forms import Decomposed, Factors, Form, Stored, Wanted
-from wda.naming import pick
+from wda.naming import Matrix, pick
 from wda.updates import Computed, Some
+
+if TYPE_CHECKING:
+    from wda.checkpoints.full import FullCheckpoint
 
 
 class Start(ABC):
@@ -122,9 +126,24 @@ class WithoutLeading(Start):
 
     def read(self, wanted: Wanted) -> Tensor:
         """Compute that part of the whole of W0 and take it off."""
-        w0 = wanted.whole_w0()
-        b, a = self.split(w0.float(), self.rank, self.scaling)
-        return pick(_rounded(w0, self.scaling * b @ a), wanted.stored_rows)
+        whole = _without_leading(
+            self.split, self.rank, self.scaling, wanted.base, wanted.matrix.whole
+        )
+        return pick(whole, wanted.stored_rows)
+
+
+# All checkpoints of a run, and all parts of a fused projection, start from the same.
+@lru_cache(maxsize=2)
+def _without_leading(
+    split: Callable[[Tensor, int, float], tuple[Tensor, Tensor]],
+    rank: int,
+    scaling: float,
+    base: FullCheckpoint,
+    matrix: Matrix,
+) -> Tensor:
+    w0 = base.weight(matrix.module, matrix)
+    b, a = split(w0.float(), rank, scaling)
+    return _rounded(w0, scaling * b @ a)
 
 
 def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

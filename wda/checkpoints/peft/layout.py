@@ -45,9 +45,14 @@ class PeftCheckpoint(Adapter):
     @classmethod
     def open(cls, found: Found) -> Self | None:
         """Open an adapter folder."""
-        if not found.is_folder or not found.config or (read := cls._reader(found)) is None:
+        if not found.config and _is_state_dict(found):
+            found = lora.described(found)
+        elif not found.is_folder or not found.config:
             return None
-        _check_files(found)
+        else:
+            _check_files(found)
+        if (read := cls._reader(found)) is None:
+            return None
         contents = read(found)
         base = found.config.get("base_model_name_or_path") or None
         checkpoint = cls(
@@ -101,6 +106,11 @@ def _check_files(found: Found) -> None:
             f"({whole.name}), which may have the adapter merged into it already; move one of "
             "them away"
         )
+
+
+def _is_state_dict(found: Found) -> bool:
+    """Tell whether it is the state dict of a PeftModel, without a configuration."""
+    return any("base_model.model." in name and ".lora_A." in name for name in found.tensors)
 
 
 def _is_peft(name: str) -> bool:

@@ -74,8 +74,30 @@ def read(found: Found) -> Contents:
     return Contents(forms, method, names.unread)
 
 
+def described(found: Found) -> Found:
+    """Describe the state dict of a PeftModel, whose configuration was not kept, by its names.
+
+    Raises
+    ------
+    CheckpointError
+        When the user does not give α.
+    """
+    if found.given.alpha is None:
+        raise CheckpointError(
+            f"{found.path}: holds a PeftModel's LoRA without {CONFIG_FILE}, which has its α; put "
+            "that file beside it, or give α with --alpha (alpha in a manifest); with rsLoRA, give "
+            "α·√r"
+        )
+    magnitudes = any(".lora_magnitude_vector" in name for name in found.tensors)
+    return found.with_config(
+        {"peft_type": "LORA", "lora_alpha": found.given.alpha, "use_dora": magnitudes}
+    )
+
+
 def _scaling(found: Found, module: str, rank: int) -> float:
     """Give the factor s of a module: α/r, or α/√r for rsLoRA, with the module's own α and r."""
+    if "r" not in found.config:
+        return float(found.config["lora_alpha"]) / rank
     declared, alpha = rank_and_alpha(found, module, rank)
     if rank != declared:
         raise CheckpointError(
@@ -142,10 +164,14 @@ def _ranges(rows: Sequence[int]) -> tuple[range, ...]:
 
 def _embeddings(found: Found, names: Names) -> dict[str, Form]:
     """Give the forms of embeddings, whose weight (tokens, features) adds the transpose of B·A."""
+    alone = set(names["embedding_A"]) ^ set(names["embedding_B"])
+    if alone:
+        raise CheckpointError(
+            f"{names.path}: lora_embedding_A and lora_embedding_B do not belong together; only one "
+            f"of the two exists for {listing(sorted(alone))}"
+        )
     forms: dict[str, Form] = {}
     for module in names["embedding_A"]:
-        if module not in names["embedding_B"]:
-            raise CheckpointError(f"{names.path}: lora_embedding_B is missing for {module}")
         a, b = (names[f"embedding_{kind}"][module] for kind in "AB")
         features, words = Stored(found.tensors, b, True), Stored(found.tensors, a, True)
         form: Form = Factors(features, words, _scaling(found, module, words.shape[1]))
@@ -157,22 +183,26 @@ def _embeddings(found: Found, names: Names) -> dict[str, Form]:
 
 def _start(found: Found, names: Names, forms: dict[str, Form]) -> None:
     """Let forms start from the base that was trained on, where that is not W0 or is at hand."""
-    start = start_of(found, names["A"]) if set(names["A"]) - set(names["start"]) else None
-    for module in [*names["A"], *names["embedding_A"]]:
-        if module in names["start"] and _FLOATING.match(
-            found.tensors[names["start"][module]].stored
-        ):
-            stored = StoredStart(names.stored("start", module))
-            forms[module] = started_from(stored, forms[module])
-        elif start is not None and module in names["A"]:
-            rank, scaling = forms[module].rank, forms[module].scale
-            assert rank is not None and scaling is not None
-            forms[module] = started_from(start(module, rank, scaling), forms[module])
+    stored = {
+        module
+        for module, name in names["start"].items()
+        if _FLOATING.match(found.tensors[name].stored)  # a quantised base is packed
+    }
+    for module in stored & {*names["A"], *names["embedding_A"]}:
+        forms[module] = started_from(StoredStart(names.stored("start", module)), forms[module])
+    others = sorted(set(names["A"]) - stored)
+    start = start_of(found, others) if others else None
+    for module in others if start is not None else ():
+        rank, scaling = forms[module].rank, forms[module].scale
+        assert start is not None and rank is not None and scaling is not None
+        forms[module] = started_from(start(module, rank, scaling), forms[module])
 
 
 def _check_config(found: Found) -> None:
     """Refuse what cannot be read right."""
-    config, config_file = require(found, "r", "lora_alpha"), found.folder / CONFIG_FILE
+    config, config_file = found.config, found.folder / CONFIG_FILE
+    if found.has(CONFIG_FILE) is not None:
+        require(found, "r", "lora_alpha")
     refused = [f"{field} {why}" for field, why in _REFUSED.items() if config.get(field)]
     if refused:
         raise CheckpointError(f"{config_file}: {listing(refused)}; it cannot be compared")

@@ -211,6 +211,18 @@ REBASED: dict[str, Case] = {
         "query,key,value,output,down",
         "lora",
     ),
+    "pissa in half precision": Case(
+        lambda: llama().to(torch.bfloat16),
+        lora("q_proj", "v_proj", init_lora_weights="pissa"),
+        QV,
+        "lora",
+    ),
+    "olora in half precision": Case(
+        lambda: llama().to(torch.bfloat16),
+        lora("q_proj", "v_proj", init_lora_weights="olora"),
+        QV,
+        "lora",
+    ),
     "olora": Case(llama, lora("q_proj", "v_proj", init_lora_weights="olora"), QV, "lora"),
 }
 

@@ -62,6 +62,18 @@ class Grouped(nn.Module):
         return self.tall(x)
 
 
+class Woven(nn.Module):
+    """Matrices whose input features fall into powers of two of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 9)
+        self.second = nn.Linear(32, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
 def llama() -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(LLAMA)
 
@@ -726,14 +738,30 @@ def test_what_cannot_be_read_right_is_refused(
         compared(tmp_path, case.matrices)
 
 
-def test_rotations_that_weave_are_refused(tmp_path: Path) -> None:
-    trained(OTHERS["boft"], tmp_path)
-    file = tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    woven = {n: t.repeat(2, 1, 1, 1) if n.endswith("boft_R") else t for n, t in tensors.items()}
-    save_file(woven, file)
-    with pytest.raises(WdaError, match="boft_n_butterfly_factor above 1"):
-        compared(tmp_path, "query")
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("per", ["output", "input"])
+def test_rotations_that_weave_blocks(
+    factor: int, per: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # peft weaves with a CUDA extension alone; what that does is to put blocks on a diagonal.
+    from peft.tuners.boft import layer
+
+    def on_diagonals(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*of_level) for of_level in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", on_diagonals)
+    case = Case(
+        Woven,
+        lambda: peft.BOFTConfig(
+            boft_block_size=4, boft_n_butterfly_factor=factor, target_modules=["first", "second"]
+        ),
+        "first,second",
+        "boft",
+    )
+    adapted = trained(case, tmp_path)
+    table = compared(tmp_path, case.matrices, per=per)
+    agree(table, base_of(tmp_path), merged_weights(adapted), per)
 
 
 def test_a_method_that_only_peft_merges_needs_peft(

@@ -88,18 +88,22 @@ class Rotated(Form):
         stored = self.generators.tensors.read(self.generators.name, again=True)
         rotations = self.cayley.rotations(_skew(stored.double()))
         features, size = wanted.shape[1], rotations.shape[-1]
-        if features != size * len(rotations) and (len(rotations) > 1 or features % size):
+        # BOFT rotates several times, OFT once.
+        turns = rotations.reshape(stored.shape[0] if stored.ndim > 3 else 1, -1, size, size)
+        blocks = turns.shape[1]
+        if features != size * blocks and (blocks > 1 or features % size):
             raise CheckpointError(
-                f"{self.generators.name}: rotates {len(rotations)} blocks of {size} features, but "
+                f"{self.generators.name}: rotates {blocks} blocks of {size} features, but "
                 f"the base's {wanted.matrix} has {features}; is this the model it was trained on?"
             )
-        turning = rotations - torch.eye(size, dtype=torch.float64)
+        turns = turns - torch.eye(size, dtype=torch.float64)
         kappa = None if self.row_scale is None else _rows_of(self.row_scale, wanted)
 
         def form(w0: Tensor, some: Some) -> Tensor:
-            blocks = w0.reshape(len(w0), -1, size)
-            delta = torch.einsum("nrk,rck->nrc", blocks, turning.expand(blocks.shape[1], -1, -1))
-            delta = delta.flatten(1)
+            delta = torch.zeros_like(w0)
+            for level, turn in enumerate(turns):
+                order = _woven(features, size, level)
+                delta = delta + _turned(w0 + delta, turn, order)
             if kappa is None:
                 return delta
             return (kappa[some, None] - 1) * w0 + kappa[some, None] * delta
@@ -161,6 +165,21 @@ class Scaled(Form):
 def _rows_of(stored: Stored, wanted: Wanted) -> Tensor:
     """Give a number for each of the wanted rows."""
     return pick(stored.read().double().flatten(), wanted.stored_rows)
+
+
+def _turned(rows: Tensor, turn: Tensor, order: Tensor) -> Tensor:
+    """Give what a rotation adds to rows whose features lie in an order of their own for it."""
+    blocks = rows[:, order.argsort()].reshape(len(rows), -1, turn.shape[-1])
+    added = torch.einsum("nrk,rck->nrc", blocks, turn.expand(blocks.shape[1], -1, -1))
+    return added.flatten(1)[:, order]
+
+
+def _woven(features: int, size: int, level: int) -> Tensor:
+    """Order features as a butterfly of a level does: halves of blocks, every other one first."""
+    if level == 0:
+        return torch.arange(features)
+    halves = torch.arange(features).reshape(-1, 2 << level, size // 2)
+    return torch.cat([halves[:, ::2], halves[:, 1::2]], dim=1).flatten()
 
 
 def _skew(generators: Tensor) -> Tensor:

@@ -147,13 +147,6 @@ def _series(found: Found) -> tuple[float, ...] | None:
 def read_boft(found: Found) -> Contents:
     """Read BOFT: rotations, and a factor for each output feature."""
     names = _sorted(found, "boft_R", "boft_s")
-    woven = [m for m in names["boft_R"] if found.tensors[names["boft_R"][m]].shape[0] > 1]
-    if woven:
-        raise CheckpointError(
-            f"{found.path}: boft_n_butterfly_factor above 1 ({listing(woven, 4)}) weaves blocks "
-            "that do not lie side by side, which is not read; merge the adapter with peft, on a "
-            "machine with its CUDA extension, and compare the merged model"
-        )
     forms: dict[str, Form] = {
         m: Rotated(_stored(names, "boft_R", m), Cayley(), _stored(names, "boft_s", m))
         for m in names["boft_R"]

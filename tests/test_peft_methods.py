@@ -62,6 +62,18 @@ class Grouped(nn.Module):
         return self.tall(x)
 
 
+class Turned(nn.Module):
+    """Weights stored as (in, out), by names that do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = transformers.pytorch_utils.Conv1D(20, 12)
+        self.square = transformers.pytorch_utils.Conv1D(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x)
+
+
 class Woven(nn.Module):
     """Matrices whose input features fall into powers of two of blocks."""
 
@@ -868,3 +880,33 @@ def test_kept_results_tell_updates_apart(tmp_path: Path) -> None:
         progress=False,
     )
     assert not any("rows were computed before" in note for note in other.notes)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (peft.LoraConfig, {"r": 3, "lora_alpha": 5}),
+        (peft.LoraConfig, {"r": 3, "lora_alpha": 5, "use_dora": True}),
+        (peft.VeraConfig, {"r": 5}),
+        (peft.VeraConfig, {"r": 5, "save_projection": False}),
+        (peft.IA3Config, {"feedforward_modules": ["square"]}),
+        (peft.RandLoraConfig, {}),
+        (peft.RandLoraConfig, {"save_projection": False}),
+    ],
+)
+def test_weights_stored_transposed(config: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    case = Case(
+        Turned,
+        lambda: config(target_modules=["mix", "square"], fan_in_fan_out=True, **settings),
+        "mix,square",
+        "",
+    )
+    adapted = trained(case, tmp_path)
+    table = compared(tmp_path, case.matrices).set_index("module")
+    base, truth = base_of(tmp_path), merged_weights(adapted)
+    assert set(table.index) == {"mix", "square"}
+    for module, row in table.iterrows():
+        w0, wt = (t[f"{module}.weight"].double().T for t in (base, truth))
+        assert (row.out_features, row.in_features) == tuple(w0.shape)
+        expected = by_definition(w0, wt, "output")
+        assert (row.delta_m, row.delta_d) == pytest.approx(expected, rel=1e-6, abs=1e-13)

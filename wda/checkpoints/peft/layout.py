@@ -78,7 +78,8 @@ class PeftCheckpoint(Adapter):
         """Tell whether ``fan_in_fan_out`` holds for a base matrix of this stored shape."""
         if module not in self.required or not self.config.get("fan_in_fan_out"):
             return False
-        return stored == self.forms[module].shape[::-1]
+        own = self.forms[module].shape[::-1]
+        return all(n is None or n == of_base for n, of_base in zip(own, stored, strict=True))
 
 
 class MergedPeftCheckpoint(PeftCheckpoint):

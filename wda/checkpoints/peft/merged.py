@@ -79,8 +79,8 @@ class Skeleton:
     modules: tuple[str, ...]
     names: tuple[str, ...]
 
-    def merge(self, module: str, w0: Tensor, base: FullCheckpoint) -> Tensor:
-        """Give Wt of a module as (out_features, in_features) in float64.
+    def merge(self, module: str, w0: Tensor, turned: bool, base: FullCheckpoint) -> Tensor:
+        """Give Wt of a module in float64, shaped as it is stored.
 
         Parameters
         ----------
@@ -88,6 +88,8 @@ class Skeleton:
             The module.
         w0 : Tensor
             Its weight, shaped as it is stored.
+        turned : bool
+            Whether that is (in_features, out_features).
         base : FullCheckpoint
             The base, for the shapes of the other modules.
         """
@@ -97,7 +99,7 @@ class Skeleton:
             model = nn.Module()
             for name, layer in self._layers(base).items():
                 _put(model, name, layer)
-            model.get_submodule(module).weight.data = w0.clone()
+            _put(model, module, _layer(w0.clone(), turned))
             adapted = peft.get_peft_model(model, self._config())
             state = {name: self.found.tensors.read(name, again=True) for name in self.names}
             loaded = peft.set_peft_model_state_dict(adapted, state)
@@ -117,9 +119,14 @@ class Skeleton:
         """Give an empty layer for every module, of the base's shape."""
         rename = align(self.modules, base.modules)
         shapes = base.tensors.shapes_of(f"{rename(module)}.weight" for module in self.modules)
-        turned = {m.module for m in find_matrices(shapes) if m.stored_transposed}
+        said = bool(self.found.config.get("fan_in_fan_out"))
+        matrices = find_matrices(shapes, lambda _module, _shape: said)
+        turned = {matrix.module for matrix in matrices if matrix.stored_transposed}
         return {
-            module: _layer(shapes[f"{rename(module)}.weight"], rename(module) in turned)
+            # Zeros take no memory until they are used.
+            module: _layer(
+                torch.zeros(shapes[f"{rename(module)}.weight"]), rename(module) in turned
+            )
             for module in self.modules
         }
 
@@ -188,7 +195,9 @@ class MergedByPeft(Form):
         w0 = wanted.whole_w0()
         shape = wanted.base.tensors[f"{matrix.module}.weight"].shape
         stored = (w0.T if matrix.stored_transposed else w0).reshape(shape)
-        merged = self.skeleton.merge(self.module, stored, wanted.base).flatten(1)
+        merged = self.skeleton.merge(
+            self.module, stored, matrix.stored_transposed, wanted.base
+        ).flatten(1)
         wt = pick(merged.T if matrix.stored_transposed else merged, wanted.stored_rows)
         dtype = self.tensors.read(self.skeleton.names[0], again=True).dtype
 
@@ -259,8 +268,9 @@ def _prefix(found: Found, kind: str) -> str:
     return str(tuner.prefix)
 
 
-def _layer(shape: tuple[int, ...], turned: bool) -> nn.Module:
-    """Give a layer with a weight of a shape, of zeros that take no memory until they are used."""
+def _layer(weight: Tensor, turned: bool) -> nn.Module:
+    """Give a layer with a weight."""
+    shape = weight.shape
     if turned:
         from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - comes with peft
 
@@ -270,7 +280,7 @@ def _layer(shape: tuple[int, ...], turned: bool) -> nn.Module:
     else:
         kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
         layer = kind(shape[1], shape[0], shape[2:], bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(shape))
+    layer.weight = nn.Parameter(weight)
     return layer
 
 
@@ -281,4 +291,4 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
         if not hasattr(model, parent):
             model.add_module(parent, nn.Module())
         model = model.get_submodule(parent)
-    model.add_module(last, layer)
+    setattr(model, last, layer)

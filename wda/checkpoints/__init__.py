@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.checkpoint import Checkpoint, step_in
+from wda.checkpoints.diffusion import (
+    DiffusersCheckpoint,
+    KohyaCheckpoint,
+    PipelineCheckpoint,
+)
 from wda.checkpoints.forms import Form
 from wda.checkpoints.found import ADAPTER_FILES, WEIGHT_FILES, Found
 from wda.checkpoints.full import FullCheckpoint
@@ -33,6 +38,9 @@ LAYOUTS: tuple[type[Checkpoint], ...] = (
     MlxCheckpoint,
     PeftCheckpoint,
     MergedPeftCheckpoint,
+    KohyaCheckpoint,
+    DiffusersCheckpoint,
+    PipelineCheckpoint,
     FullCheckpoint,
 )
 

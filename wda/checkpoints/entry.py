@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -51,12 +51,15 @@ class WeightFile:
         What was read of it to know its entries.
     state : tuple
         What tells it from another at the same place, when it was opened.
+    metadata : mapping
+        What its header says beside the tensors.
     """
 
     place: Place
     entries: Mapping[str, Entry]
     header_bytes: int
     state: tuple[object, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def state_of(place: Place) -> tuple[object, ...]:

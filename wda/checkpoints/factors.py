@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from wda.checkpoints.forms import Axis, Decomposed, Factors, Form, Nothing, Stored, Whole
 from wda.checkpoints.tensors import Tensors
@@ -64,6 +65,7 @@ class Names:
         self,
         scaling: Callable[[str], float],
         axis: Callable[[str], Axis] = lambda _module: "output",
+        others: Mapping[str, Form] = MappingProxyType({}),
     ) -> dict[str, Form]:
         """Say which form each module has, after making sure that its tensors fit.
 
@@ -73,20 +75,27 @@ class Names:
             Gives the factor s of a module.
         axis : callable
             Gives what the magnitude of a module has one number of.
+        others : mapping
+            Module → form, where its direction is stored otherwise than as A and B.
 
         Raises
         ------
         CheckpointError
             When factors or magnitudes do not fit each other.
         """
-        self._check(axis)
+        self._check()
+        directions: dict[str, Form] = {
+            m: Factors(self.stored("A", m), self.stored("B", m), scaling(m))
+            for m in self["A"]
+            if m not in others
+        }
+        directions |= others
+        self._check_magnitudes(directions, axis)
         forms: dict[str, Form] = {m: Whole(self.stored("whole", m)) for m in self["whole"]}
-        for module in self["A"]:
-            a, b = self.stored("A", module), self.stored("B", module)
-            forms[module] = Factors(a, b, scaling(module))
+        forms |= directions
         for module in self["magnitude"]:
             magnitude = self.stored("magnitude", module)
-            direction = forms[module] if module in self["A"] else Nothing(magnitude)
+            direction = directions.get(module, Nothing(magnitude))
             forms[module] = Decomposed(direction, magnitude, axis(module))
         return forms
 
@@ -105,7 +114,7 @@ class Names:
                 "them"
             )
 
-    def _check(self, axis: Callable[[str], Axis]) -> None:
+    def _check(self) -> None:
         a, b = set(self["A"]), set(self["B"])
         if a != b:
             raise CheckpointError(
@@ -123,15 +132,16 @@ class Names:
                 f"{self.path}: factors that do not fit each other: {listing(wrong, 6)}; "
                 "all of them must come from one training"
             )
-        wrong = [
-            f"{module} ({count} numbers for {features} {axis(module)} features)"
-            for module in sorted(set(self["magnitude"]) & a)
-            if not _fits(
-                count := math.prod(self.stored("magnitude", module).shape),
-                features := _features(*shapes[module], axis(module)),
-                axis(module),
-            )
-        ]
+
+    def _check_magnitudes(
+        self, directions: Mapping[str, Form], axis: Callable[[str], Axis]
+    ) -> None:
+        wrong = []
+        for module in sorted(set(self["magnitude"]) & set(directions)):
+            count = math.prod(self.stored("magnitude", module).shape)
+            features = directions[module].shape[0 if axis(module) == "output" else 1]
+            if features is not None and not _fits(count, features, axis(module)):
+                wrong.append(f"{module} ({count} numbers for {features} {axis(module)} features)")
         if wrong:
             raise CheckpointError(
                 f"{self.path}: a magnitude needs one number per feature of its axis; wrong for "
@@ -181,10 +191,6 @@ def sort_names(
         ending = first.pattern.strip("$").replace("\\", "").lstrip(".")
         raise CheckpointError(f"{path}: no tensor ends in {ending}; found {listing(tensors, 4)}")
     return Names(path, tensors, names, tuple(unread), turned)
-
-
-def _features(a: tuple[int, int], b: tuple[int, int], axis: Axis) -> int:
-    return b[0] if axis == "output" else a[1]
 
 
 def _fits(count: int, features: int, axis: Axis) -> bool:

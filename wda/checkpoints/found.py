@@ -28,6 +28,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "pytorch_model_fsdp.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
 )
 ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt")
 

@@ -50,14 +50,14 @@ def open_remote_safetensors(place: RemotePlace) -> WeightFile:
         _damaged(place, size, f"a header of {length} bytes does not fit")
     try:
         header = json.loads(place.read(_LENGTH, start))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
         entries = {name: _entry(place, start, item) for name, item in header.items()}
         end = max((item["data_offsets"][1] for item in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         _damaged(place, size, "the header is no JSON of named tensors")
     if start + end != size:
         _damaged(place, size, f"the header tells of {start + end} bytes")
-    return WeightFile(place, entries, start, state_of(place))
+    return WeightFile(place, entries, start, state_of(place), metadata)
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:

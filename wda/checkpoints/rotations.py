@@ -121,10 +121,13 @@ class Scaled(Form):
         κ; of a convolution one number per channel.
     axis : {"output", "input"}
         What it has one number of.
+    from_one : bool
+        Whether κ − 1 is stored.
     """
 
     factors: Stored
     axis: Axis
+    from_one: bool = False
 
     @property
     def words(self) -> str:  # type: ignore[override]
@@ -143,14 +146,14 @@ class Scaled(Form):
 
     @property
     def told(self) -> tuple[object, ...]:
-        """The axis, too."""
-        return *super().told, self.axis
+        """The axis, too, and what is stored."""
+        return *super().told, self.axis, self.from_one
 
     def update(self, wanted: Wanted) -> Computed:
         """Give κ ⊙ W0 or W0 ⊙ κ."""
-        dtype = self.factors.read().dtype
+        dtype, less = self.factors.read().dtype, 0.0 if self.from_one else 1.0
         if self.axis == "output":
-            grown = _rows_of(self.factors, wanted) - 1
+            grown = _rows_of(self.factors, wanted) - less
             return Computed(wanted.shape, dtype, lambda w0, some: grown[some, None] * w0)
         channels, features = math.prod(self.factors.shape), wanted.shape[1]
         if features % channels:
@@ -158,7 +161,8 @@ class Scaled(Form):
                 f"{self.factors.name}: has {channels} factors, but the base's {wanted.matrix} has "
                 f"{features} input features; is this the model it was trained on?"
             )
-        grown = self.factors.read().double().flatten().repeat_interleave(features // channels) - 1
+        grown = self.factors.read().double().flatten() - less
+        grown = grown.repeat_interleave(features // channels)
         return Computed(wanted.shape, dtype, lambda w0, _some: grown * w0)
 
 

@@ -144,6 +144,21 @@ class Tensors(Mapping[str, Entry]):
         files = [*self._opened.values(), *other._opened.values()]
         return Tensors({**self._where, **more}, self._source, files, self._derived)
 
+    def under(self, prefix: str) -> Tensors:
+        """Give these under longer names, after opening all their files."""
+        self.open(self)
+        files = [
+            replace(file, entries={prefix + name: of for name, of in file.entries.items()})
+            for file in self._opened.values()
+        ]
+        where = {prefix + name: place for name, place in self._where.items()}
+        return Tensors(where, self._source, files)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the headers of the opened files say beside the tensors."""
+        return {key: word for file in self._opened.values() for key, word in file.metadata.items()}
+
     def read(self, name: str, again: bool = False, rows: Sequence[slice] = (ALL,)) -> Tensor:
         """Give the values of one tensor, or of some of its rows.
 
@@ -299,7 +314,7 @@ def _open_as_stored(place: Place) -> WeightFile:
     if isinstance(path, Path):
         # A copy in the Hub's cache goes by the name it was asked for.
         opened = _open_safetensors(path) if safe else _open_pickle(path)
-        return WeightFile(place, opened.entries, opened.header_bytes, opened.state)
+        return replace(opened, place=place)
     assert isinstance(place, RemotePlace)
     if safe:
         return open_remote_safetensors(place)
@@ -318,7 +333,7 @@ def _open_safetensors(path: Path) -> WeightFile:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         _damaged(path, error)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
 
     def entry(name: str, item: dict[str, Any]) -> Entry:
         shape, dtype, first = tuple(item["shape"]), item["dtype"], item["data_offsets"][0]
@@ -328,7 +343,7 @@ def _open_safetensors(path: Path) -> WeightFile:
         )
 
     entries = {name: entry(name, header[name]) for name in header}
-    return WeightFile(path, entries, 8 + length, state)
+    return WeightFile(path, entries, 8 + length, state, metadata)
 
 
 def _open_pickle(path: Path) -> WeightFile:

@@ -22,7 +22,7 @@ from wda.locations import locate
 from wda.naming import align
 
 # Initialisers that leave W0 as it is.
-_HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 # Those whose part of W0 can be computed from it alone.
 _COMPUTABLE = {"pissa": pissa, "olora": olora}
@@ -49,7 +49,7 @@ def start_of(found: Found, modules: Iterable[str]) -> StartOf | None:
     """
     said = found.config.get("init_lora_weights")
     initialiser = said.lower() if isinstance(said, str) else said
-    if initialiser in _HARMLESS:
+    if initialiser in HARMLESS:
         return None
     if found.given.initial is not None:
         return _given(found, str(initialiser), list(modules))

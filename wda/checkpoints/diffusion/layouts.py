@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +31,7 @@ class KohyaCheckpoint(Adapter):
 
     layout = "adapter of sd-scripts, LyCORIS or OneTrainer"
     evidence = "keys such as lora_unet_….lora_down.weight, without dots in the module's path"
+    step_files = re.compile(r".*(?:-step|_)(\d{8,9})\.safetensors")  # sd-scripts', ai-toolkit's
 
     @classmethod
     def open(cls, found: Found) -> Self | None:
@@ -54,12 +56,12 @@ class KohyaCheckpoint(Adapter):
     ) -> Update:
         """Read the update of a matrix, after making sure that magnitudes are lengths."""
         form = self.forms[module]
-        per_input = isinstance(form, Decomposed) and form.axis == "input"
-        if per_input and bool((form.magnitude.read() < 0).any()):
+        per_input = form if isinstance(form, Decomposed) and form.axis == "input" else None
+        if per_input and bool((per_input.magnitude.read() < 0).any()):
             raise CheckpointError(
-                f"{self.path}: {form.magnitude.name} has negative numbers per input, as LyCORIS 2 "
-                "stored means where later versions have lengths; merge the adapter with the "
-                "version that trained it and compare the merged model"
+                f"{self.path}: {per_input.magnitude.name} has negative numbers per input, as "
+                "LyCORIS 2 stored means where later versions have lengths; merge the adapter with "
+                "the version that trained it and compare the merged model"
             )
         return super().update(module, matrix, base, rows)
 
@@ -96,9 +98,9 @@ class _Scalings:
         self._found, self._names = found, names
         self._alphas = contents.alphas(names)
         self.configs = _configs(found)
-        metadata = found.tensors.metadata
-        toolkit = "ai-toolkit" in metadata.get("software", "") or any(
-            name.endswith(".magnitude") for name in found.tensors
+        self._is_toolkits_dora = any(name.endswith(".magnitude") for name in found.tensors)
+        toolkit = self._is_toolkits_dora or "ai-toolkit" in found.tensors.metadata.get(
+            "software", ""
         )
         # With these names ai-toolkit trains with alpha as the rank, and stores none.
         self._is_rank = toolkit and any(name.endswith(".lora_A.weight") for name in found.tensors)
@@ -112,8 +114,14 @@ class _Scalings:
             return _of_config(self._found, config, path, rank)
         if self._is_rank:
             return 1.0
-        if self._found.given.alpha is not None:
-            return self._found.given.alpha / rank
+        if (given := self._found.given.alpha) is not None:
+            if self._is_toolkits_dora and given != rank:
+                raise CheckpointError(
+                    f"{self._found.path}: ai-toolkit's DoRA with an alpha ({given:g}) that is not "
+                    f"the rank ({rank}) is no weight decomposition: it scales the factors in one "
+                    "of two places; it is not read"
+                )
+            return given / rank
         stored = {*self._names["A"], *self._names["hada_w1_a"], *self._names["lokr_w2_a"]}
         without = sorted(stored - set(self._alphas))
         raise CheckpointError(

@@ -35,6 +35,7 @@ _WORDS: Mapping[str, str] = MappingProxyType(
         **{part: part for part in _PARTS},
         "lora_unet": "unet",
         "lora_transformer": "transformer",
+        "lora_prior_unet": "prior",
         "diffusion_model": "unet",
         "lora_te": "text_encoder",
         "lora_te1": "text_encoder",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -60,6 +60,10 @@ class WeightFile:
     header_bytes: int
     state: tuple[object, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def under(self, prefix: str) -> WeightFile:
+        """Give it with longer names of its tensors."""
+        return replace(self, entries={prefix + name: of for name, of in self.entries.items()})
 
 
 def state_of(place: Place) -> tuple[object, ...]:

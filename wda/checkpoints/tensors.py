@@ -147,12 +147,8 @@ class Tensors(Mapping[str, Entry]):
     def under(self, prefix: str) -> Tensors:
         """Give these under longer names, after opening all their files."""
         self.open(self)
-        files = [
-            replace(file, entries={prefix + name: of for name, of in file.entries.items()})
-            for file in self._opened.values()
-        ]
         where = {prefix + name: place for name, place in self._where.items()}
-        return Tensors(where, self._source, files)
+        return Tensors(where, self._source, [file.under(prefix) for file in self._opened.values()])
 
     @property
     def metadata(self) -> Mapping[str, str]:

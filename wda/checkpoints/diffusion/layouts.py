@@ -36,7 +36,7 @@ class KohyaCheckpoint(Adapter):
     @classmethod
     def open(cls, found: Found) -> Self | None:
         """Open a file, or a folder with one, whose module paths are flat."""
-        if not _is_adapter(found) or not all("." not in m for m in _modules(found)):
+        if not _is_adapter(found) or not _is_flat(found):
             return None
         names = contents.sort(found)
         return cls._of(found, names, _Scalings(found, names))
@@ -139,9 +139,10 @@ def _is_adapter(found: Found) -> bool:
     )
 
 
-def _modules(found: Found) -> list[str]:
-    """Give what stands before the endings that only adapters have."""
-    return [contents.module_of(name) for name in found.tensors if contents.is_adapters(name)]
+def _is_flat(found: Found) -> bool:
+    """Tell whether no module's path has dots. PEFT's names of factors never have such paths."""
+    signs = [name for name in found.tensors if contents.is_adapters(name)]
+    return not any("." in contents.module_of(n) or n.endswith(".lora_A.weight") for n in signs)
 
 
 def _is_of_images(found: Found) -> bool:

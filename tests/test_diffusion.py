@@ -142,6 +142,15 @@ def test_where_nothing_tells_the_axis_the_user_does(axis: str, tmp_path: Path) -
     check(measured(file, base, alpha=3, axis=axis), w0, converted(w0, file, axis))
 
 
+def test_metadata_tells_that_a_convolutions_magnitude_is_pefts(tmp_path: Path) -> None:
+    w0 = draw(8, 8, 3, 3, seed=5)
+    file = convolution(tmp_path, 8, 8)
+    config = json.dumps({"unet.r": 3, "unet.lora_alpha": 3})
+    write(file, load_file(file), lora_adapter_metadata=config)
+    base = write_base(tmp_path / "b", conv1=w0)
+    check(measured(file, base), w0, converted(w0, file, "output"))
+
+
 # Scalings.
 
 
@@ -323,6 +332,7 @@ def test_a_pipeline_trained_whole_is_compared_part_by_part(tmp_path: Path) -> No
         moved = {name: t + size * draw(*t.shape, seed=9) for name, t in weights.items()}
         write(tmp_path / folder / "unet" / "diffusion_pytorch_model.safetensors", moved)
         write(tmp_path / folder / "text_encoder" / "model.safetensors", moved)
+    write(tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors", weights)  # left over
     table = measured(tmp_path / "tuned", tmp_path / "base")
     assert sorted(table["module"]) == ["text_encoder.to_q", "unet.to_q"]  # type: ignore[index]
     assert table["delta_m"].nunique() == 1  # type: ignore[index]

@@ -66,6 +66,20 @@ class WeightFile:
         return replace(self, entries={prefix + name: of for name, of in self.entries.items()})
 
 
+def entry_of(tensor: Tensor, file: Place) -> Entry:
+    """Give the entry of a tensor that was loaded, or mapped, from a file."""
+    tensor = tensor.detach()  # a parameter is saved as one
+    where = f"{tensor.dtype} {tensor.storage_offset()} {tensor.stride()}"
+    return Entry(
+        tuple(tensor.shape), file, lambda rows: some_of(tensor, rows), tensor.nbytes, where
+    )
+
+
+def some_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Give some rows of a tensor; a number has none."""
+    return tensor[rows] if tensor.ndim else tensor
+
+
 def state_of(place: Place) -> tuple[object, ...]:
     """Give place, size, time of change and number of a file; of one elsewhere, size and mark."""
     if isinstance(place, RemotePlace):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from wda.checkpoints.containers import container_in, open_container
 from wda.checkpoints.given import NOTHING_GIVEN, Given
-from wda.checkpoints.tensors import Tensors, first_file, open_tensors, read_json
+from wda.checkpoints.tensors import Tensors, first_file, read_json
 from wda.places import Place
 from wda.remote import RemotePlace
 
@@ -64,7 +65,7 @@ class Found:
         """The file with its weights, or with the index of their shards."""
         if not self.is_folder:
             return self.path if self.path.name.endswith(ENDINGS) else None
-        return self.has(*ADAPTER_FILES, *WEIGHT_FILES)
+        return self.has(*ADAPTER_FILES, *WEIGHT_FILES) or container_in(self.folder)
 
     def has(self, *names: str) -> Place | None:
         """Give the first of these files that the folder has."""
@@ -89,7 +90,7 @@ class Found:
     @cached_property
     def tensors(self) -> Tensors:
         """Its tensors by name; none where no weight file is found."""
-        return Tensors({}, self.path) if self.file is None else open_tensors(self.file)
+        return Tensors({}, self.path) if self.file is None else open_container(self.file)
 
     @property
     def listable(self) -> bool:

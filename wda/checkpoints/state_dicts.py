@@ -13,8 +13,8 @@ from wda.errors import CheckpointError, listing
 Value = TypeVar("Value")
 
 # Where a training checkpoint keeps the model's tensors, beside those of the optimiser: Lightning's
-# name, the usual hand-written ones, DeepSpeed's.
-_KEYS = ("state_dict", "model_state_dict", "model", "module")
+# name, the usual hand-written ones, DeepSpeed's; PyTorch's guides wrap all of it once more in "app".
+_KEYS = ("state_dict", "model_state_dict", "model", "module", "app")
 
 # What torch.compile, FSDP, activation checkpointing and old Lightning put into names, anywhere.
 _WRAPPERS = frozenset(

@@ -8,9 +8,7 @@ ever unpickled in weights-only mode, which executes nothing it contains.
 from __future__ import annotations
 
 import json
-import pickle
 import threading
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry, WeightFile, state_of
+from wda.checkpoints.entry import Entry, WeightFile, entry_of, some_of, state_of
+from wda.checkpoints.pickles import load_pickle
 from wda.checkpoints.remote_safetensors import nbytes_of, open_remote_safetensors
 from wda.checkpoints.state_dicts import tensors_within, without_wrappers
 from wda.errors import CheckpointError, listing
@@ -328,14 +327,18 @@ def _open_safetensors(path: Path) -> WeightFile:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        _damaged(path, error)
+        damaged(path, error)
     metadata = header.pop("__metadata__", {})
 
     def entry(name: str, item: dict[str, Any]) -> Entry:
         shape, dtype, first = tuple(item["shape"]), item["dtype"], item["data_offsets"][0]
         size = nbytes_of(dtype, shape)
         return Entry(
-            shape, path, lambda rows: _some(handle.get_tensor(name), rows), size, f"{dtype} {first}"
+            shape,
+            path,
+            lambda rows: some_of(handle.get_tensor(name), rows),
+            size,
+            f"{dtype} {first}",
         )
 
     entries = {name: entry(name, header[name]) for name in header}
@@ -345,34 +348,16 @@ def _open_safetensors(path: Path) -> WeightFile:
 def _open_pickle(path: Path) -> WeightFile:
     try:
         state = state_of(path)
-        # Only the zip form that PyTorch writes since 1.6 can be mapped.
-        mapped = zipfile.is_zipfile(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path}: this pickle wants to run code, which is never done; only tensors are read; "
-            "convert it to safetensors where you trust it"
-        ) from None
+        loaded = load_pickle(path)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        _damaged(path, error)
-
-    def entry(tensor: Tensor) -> Entry:
-        where = f"{tensor.dtype} {tensor.storage_offset()} {tensor.stride()}"
-        return Entry(
-            tuple(tensor.shape), path, lambda rows: _some(tensor, rows), tensor.nbytes, where
-        )
-
+        damaged(path, error)
     held = tensors_within(loaded, path)
-    return WeightFile(path, {name: entry(value) for name, value in held.items()}, 0, state)
+    return WeightFile(path, {n: entry_of(tensor, path) for n, tensor in held.items()}, 0, state)
 
 
 def laid_flat(tensor: Tensor) -> Tensor:
     """Lay the kernel of a convolution flat: (out, in, kh, kw) becomes (out, in·kh·kw)."""
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
-
-
-def _some(tensor: Tensor, rows: slice) -> Tensor:
-    return tensor[rows] if tensor.ndim else tensor
 
 
 def read_json(path: Place) -> dict[str, Any]:
@@ -386,13 +371,20 @@ def read_json(path: Place) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        _damaged(path, error)
+        damaged(path, error)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
 
 
-def _damaged(path: Place, error: Exception) -> NoReturn:
+def damaged(path: Place, error: Exception) -> NoReturn:
+    """Refuse a file that cannot be read.
+
+    Raises
+    ------
+    CheckpointError
+        Always, with what was wrong.
+    """
     size = path.stat().st_size if path.is_file() else 0
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise CheckpointError(

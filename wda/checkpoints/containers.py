@@ -1,0 +1,64 @@
+"""What tensors lie in: weight files with or without an index, and folders of other trainers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from wda.checkpoints.deepspeed import LATEST_FILE, MODEL_FILES, open_deepspeed
+from wda.checkpoints.distributed import METADATA_FILE, open_distributed
+from wda.checkpoints.tensors import Tensors, first_file, open_tensors
+from wda.errors import CheckpointError
+from wda.places import Place
+
+# Accelerate puts the model's distributed checkpoint into a folder of the training's.
+_DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
+_RANK_FILE = "pytorch_model_fsdp_rank0.bin"
+_STEP = re.compile(r"global_step\d+")
+
+
+def container_in(folder: Place) -> Place | None:
+    """Give the file by which a folder of another trainer is opened; None where there is none.
+
+    Raises
+    ------
+    CheckpointError
+        When ``latest`` names a step that is not there.
+    """
+    if (file := first_file(folder, *_DISTRIBUTED, *MODEL_FILES, _RANK_FILE)) is not None:
+        return file
+    if not (folder / LATEST_FILE).is_file():
+        return None
+    step = (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
+    if not _STEP.fullmatch(step):
+        return None
+    if (file := first_file(folder / step, *MODEL_FILES)) is None:
+        raise CheckpointError(
+            f"{folder / LATEST_FILE}: names {step}, which is not there or has no "
+            f"{MODEL_FILES[0]}; give the folder of the step that is meant"
+        )
+    return file
+
+
+def open_container(path: Place) -> Tensors:
+    """Open what tensors lie in, reading headers only.
+
+    Raises
+    ------
+    CheckpointError
+        When it is damaged, or can't be read by one process or in parts.
+    """
+    if path.name == _RANK_FILE:
+        raise CheckpointError(
+            f"{path}: is one process' flat part of an FSDP model, which says nothing of its "
+            "matrices; save with SHARDED_STATE_DICT or FULL_STATE_DICT instead of "
+            "LOCAL_STATE_DICT"
+        )
+    if path.name != METADATA_FILE and path.name not in MODEL_FILES:
+        return open_tensors(path)
+    if not isinstance(path, Path):
+        raise CheckpointError(
+            f"{path}: what several processes wrote is read on this machine alone; download the "
+            "folder and give its path"
+        )
+    return open_distributed(path) if path.name == METADATA_FILE else open_deepspeed(path)

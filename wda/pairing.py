@@ -64,6 +64,8 @@ def pair(
     PairingError
         When tensors are missing on either side or have other shapes.
     """
+    for member in members:
+        _refuse_folded(member.checkpoint, base)
     names = [_names_in_base(member, base) for member in members]
     selected = _select(base, members, names, wanted)
     sources: dict[Matrix, list[Source]] = {matrix: [] for matrix in selected}
@@ -93,6 +95,17 @@ def pair(
         notes.append(f"left out of {', '.join(wanted)}: {others}")
     pairings = [Pairing(matrix, tuple(found)) for matrix, found in sources.items() if found]
     return pairings, list(dict.fromkeys(notes))
+
+
+def _refuse_folded(checkpoint: Checkpoint, base: FullCheckpoint) -> None:
+    """Refuse to compare weights that AWQ quantised with any others of a whole model."""
+    if checkpoint.holds_all() and (checkpoint.quantised == "awq") != (base.quantised == "awq"):
+        folded = base if base.quantised == "awq" else checkpoint
+        raise PairingError(
+            f"{folded.path}: AWQ moved scales from one layer's weights into another's, so that "
+            "lengths and directions of the model it was made from are lost; compare it with "
+            "another model that was quantised with it, or compare the unquantised ones"
+        )
 
 
 def _names_in_base(member: Member, base: FullCheckpoint) -> dict[str, str]:

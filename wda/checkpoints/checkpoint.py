@@ -52,6 +52,8 @@ class Checkpoint(ABC):
         Its tensors by name.
     given : Given
         What the user said of it.
+    quantised : str or None
+        How its weights are packed, where they are: ``nf4``, ``awq``, …
     """
 
     layout: ClassVar[str]
@@ -62,6 +64,7 @@ class Checkpoint(ABC):
     required: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
     base: str | None = None
+    quantised: str | None = None
     _token: str = ""
 
     def __init__(self, path: Place, tensors: Tensors, method: str, given: Given) -> None:

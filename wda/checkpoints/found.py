@@ -8,6 +8,7 @@ from typing import Any
 
 from wda.checkpoints.containers import container_in, open_container
 from wda.checkpoints.given import NOTHING_GIVEN, Given
+from wda.checkpoints.quantised import dequantised
 from wda.checkpoints.tensors import Tensors, first_file, read_json
 from wda.places import Place
 from wda.remote import RemotePlace
@@ -90,7 +91,27 @@ class Found:
     @cached_property
     def tensors(self) -> Tensors:
         """Its tensors by name; none where no weight file is found."""
-        return Tensors({}, self.path) if self.file is None else open_container(self.file)
+        return self._read[0]
+
+    @property
+    def quantised(self) -> str | None:
+        """How its weights are packed: ``nf4``, ``awq``, …; None where they are what they seem."""
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[Tensors, str | None]:
+        if self.file is None:
+            return Tensors({}, self.path), None
+        return dequantised(open_container(self.file), self._quantisation, self.path)
+
+    def _quantisation(self) -> Mapping[str, Any]:
+        """Tell what the model's configuration says of its quantisation."""
+        config = self.json("config.json")
+        return (
+            config.get("quantization_config")
+            or config.get("quantization")
+            or self.json("quantize_config.json")
+        )
 
     @property
     def listable(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from wda.checkpoints.checkpoint import Checkpoint
+from wda.checkpoints.entry import Entry
 from wda.checkpoints.found import Found
 from wda.checkpoints.tensors import Tensors, read_json
 from wda.errors import CheckpointError
@@ -17,6 +18,9 @@ from wda.updates import Dense
 
 # Lightning's names of files: epoch=1-step=200.ckpt, and a version behind when there are several.
 _STEP_FILES = re.compile(r"(?:.*\D)?step=(\d+)(?:-.*)?\.ckpt")
+
+# How safetensors and PyTorch call integers.
+_INTEGERS = re.compile(r"[IU]\d+ |BOOL |torch\.(?:u?int|bool)")
 
 
 class FullCheckpoint(Checkpoint):
@@ -28,6 +32,7 @@ class FullCheckpoint(Checkpoint):
 
     def __init__(self, found: Found, tensors: Tensors) -> None:
         super().__init__(found.path, tensors, "ft", found.given)
+        self.quantised = found.quantised
         self._config: dict[str, Any] | None = None
         # By name alone: to know which of them are vectors, every shard would have to be opened.
         self.modules = frozenset(
@@ -61,14 +66,26 @@ class FullCheckpoint(Checkpoint):
 
     def stored_shape(self, module: str, matrix: Matrix) -> tuple[int, int]:
         """Give the shape of the stored weight, brought to (out_features, in_features)."""
-        shape = self.tensors[f"{module}.weight"].shape
+        shape = self._entry(module).shape
         if len(shape) < 2:
             raise CheckpointError(f"{self.path}: {module} is a vector where the base has a matrix")
         rows, features = shape[0], math.prod(shape[1:])
         return (features, rows) if matrix.stored_transposed else (rows, features)
 
+    def _entry(self, module: str) -> Entry:
+        """Give the entry of a weight, which has to be of floating-point numbers."""
+        entry = self.tensors[f"{module}.weight"]
+        if _INTEGERS.match(entry.stored):
+            raise CheckpointError(
+                f"{self.path}: the weight of {module} is stored in integers "
+                f"({entry.stored.split()[0]}), packed in a way that is not read; write the weights "
+                "themselves with the library that packed them, and give those"
+            )
+        return entry
+
     def weight(self, module: str, matrix: Matrix, rows: slice | None = None) -> Tensor:
         """Read a weight as (out_features, in_features), or some rows of it."""
+        self._entry(module)
         return self.tensors.read_matrix(f"{module}.weight", matrix, rows)
 
     def update(

@@ -13,7 +13,7 @@ from wda.errors import CheckpointError, listing
 Value = TypeVar("Value")
 
 # Where a training checkpoint keeps the model's tensors, beside those of the optimiser: Lightning's
-# name, the usual hand-written ones, DeepSpeed's; PyTorch's guides wrap all of it once more in "app".
+# name, the usual hand-written ones, DeepSpeed's; PyTorch's guides put all of it into "app".
 _KEYS = ("state_dict", "model_state_dict", "model", "module", "app")
 
 # What torch.compile, FSDP, activation checkpointing and old Lightning put into names, anywhere.

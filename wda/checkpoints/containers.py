@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from wda.checkpoints.deepspeed import LATEST_FILE, MODEL_FILES, open_deepspeed
 from wda.checkpoints.distributed import METADATA_FILE, open_distributed
+from wda.checkpoints.gguf import ENDING, open_gguf
 from wda.checkpoints.tensors import Tensors, first_file, open_tensors
-from wda.errors import CheckpointError
+from wda.errors import CheckpointError, listing
 from wda.places import Place
 
 # Accelerate puts the model's distributed checkpoint into a folder of the training's.
@@ -27,6 +29,13 @@ def container_in(folder: Place) -> Place | None:
     """
     if (file := first_file(folder, *_DISTRIBUTED, *MODEL_FILES, _RANK_FILE)) is not None:
         return file
+    if isinstance(folder, Path) and (files := sorted(folder.glob(f"*{ENDING}"))):
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{folder}: holds several models: {listing([f.name for f in files], 4)}; give the "
+                "file that is meant"
+            )
+        return files[0]
     if not (folder / LATEST_FILE).is_file():
         return None
     step = (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
@@ -54,11 +63,19 @@ def open_container(path: Place) -> Tensors:
             "matrices; save with SHARDED_STATE_DICT or FULL_STATE_DICT instead of "
             "LOCAL_STATE_DICT"
         )
-    if path.name != METADATA_FILE and path.name not in MODEL_FILES:
+    opening = _opening(path)
+    if opening is None:
         return open_tensors(path)
     if not isinstance(path, Path):
         raise CheckpointError(
-            f"{path}: what several processes wrote is read on this machine alone; download the "
-            "folder and give its path"
+            f"{path}: is read on this machine alone; download all of its folder and give its path"
         )
-    return open_distributed(path) if path.name == METADATA_FILE else open_deepspeed(path)
+    return opening(path)
+
+
+def _opening(path: Place) -> Callable[[Path], Tensors] | None:
+    if path.name == METADATA_FILE:
+        return open_distributed
+    if path.name in MODEL_FILES:
+        return open_deepspeed
+    return open_gguf if path.suffix == ENDING else None

@@ -62,6 +62,14 @@ _BUILT: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+# What a pickle that is cut or changed may end in.
+_OF_DAMAGE = (ValueError, TypeError, AttributeError, IndexError, KeyError)
+
+
+class _OtherClassError(pickle.UnpicklingError):
+    """A pickle names what is not among the record classes."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Builds records, and nothing else."""
 
@@ -70,7 +78,7 @@ class _Unpickler(pickle.Unpickler):
             return _BUILT[module, name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _OtherClassError(f"{module}.{name}")
 
 
 def open_distributed(path: Path) -> Tensors:
@@ -171,12 +179,12 @@ def _read_metadata(path: Path) -> _Record:
     try:
         with path.open("rb") as file:
             metadata: _Record = _Unpickler(file).load()
-    except pickle.UnpicklingError as error:
+    except _OtherClassError as error:
         raise CheckpointError(
             f"{path}: names {error}, which is no part of the description of a distributed "
             "checkpoint; nothing it contains is run"
         ) from None
-    except (OSError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
+    except (pickle.UnpicklingError, OSError, EOFError, *_OF_DAMAGE) as error:
         damaged(path, error)
     described = isinstance(metadata, _Record) and metadata.state_dict_metadata
     if not isinstance(described, dict) or not isinstance(metadata.storage_data, dict):

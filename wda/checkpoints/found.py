@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from wda.checkpoints import gguf
 from wda.checkpoints.containers import container_in, open_container
 from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.quantised import dequantised
@@ -34,7 +35,7 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
 )
-ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt")
+ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 class Found:
@@ -102,7 +103,10 @@ class Found:
     def _read(self) -> tuple[Tensors, str | None]:
         if self.file is None:
             return Tensors({}, self.path), None
-        return dequantised(open_container(self.file), self._quantisation, self.path)
+        tensors = open_container(self.file)
+        if self.file.suffix == gguf.ENDING:
+            return tensors, gguf.packed_as(tensors)
+        return dequantised(tensors, self._quantisation, self.path)
 
     def _quantisation(self) -> Mapping[str, Any]:
         """Tell what the model's configuration says of its quantisation."""

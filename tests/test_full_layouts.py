@@ -170,7 +170,8 @@ def test_gguf_of_an_architecture_is_read_as_transformers_reads_it(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     write = maker("gguf_file")
-    shapes = {**write.SHAPES, "head_dim": 8}  # of others than llama transformers reads no other
+    # Of others than llama, transformers reads no size of the heads, and takes their usual one.
+    shapes = {**write.SHAPES, "head_dim": 128 if architecture == "qwen3" else 8}
     config = AutoConfig.for_model(architecture, vocab_size=24, **shapes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -242,3 +243,76 @@ def test_gguf_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=r"analysis\[gguf\]"):
         open_checkpoint(tmp_path / "one.gguf")
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("function", ["parametrization", "hook"])
+def test_weight_norm_is_what_the_module_computes(
+    dim: int | None, function: str, tmp_path: Path
+) -> None:
+    norm = torch.nn.utils.weight_norm
+    if function == "parametrization":
+        norm = torch.nn.utils.parametrizations.weight_norm
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"query": norm(torch.nn.Linear(6, 4), dim=dim)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model["query"](torch.ones(6))  # the hook computes the weight
+    torch.save(model.state_dict(), tmp_path / "last.pt")
+    tensors = open_base(tmp_path / "last.pt").tensors
+    assert sorted(tensors) == ["query.bias", "query.weight"]
+    torch.testing.assert_close(tensors.read("query.weight"), model["query"].weight.detach())
+    some = tensors.read("query.weight", rows=[slice(1, 3)])
+    torch.testing.assert_close(some, model["query"].weight[1:3].detach())
+
+
+def test_attention_of_pytorch_is_three_matrices(tmp_path: Path) -> None:
+    for name in ("base", "last"):
+        model = torch.nn.TransformerEncoderLayer(8, 2, 12)
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+    w0, wt = (
+        torch.load(tmp_path / f"{name}.pt")["self_attn.in_proj_weight"].double()
+        for name in ("base", "last")
+    )
+    table = wda.compare(
+        tmp_path / "last.pt",
+        base=tmp_path / "base.pt",
+        matrices=["query", "key", "value", "output"],
+        progress=False,
+    ).table.set_index("matrix")
+    for i, label in enumerate(("query", "key", "value")):
+        rows = slice(8 * i, 8 * i + 8)
+        expected = (wt[rows].norm(dim=1) - w0[rows].norm(dim=1)).abs().mean()
+        assert table.loc[label].delta_m == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("shard", ["10GB", "2KB"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_variants_are_found(shard: str, safe: bool, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        vocab_size=30,
+    )
+    model = BertModel(config)
+    if safe:
+        model.save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
+    else:
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.fp16.bin")
+    assert not (tmp_path / "model.safetensors").exists()
+    tensors = open_base(tmp_path).tensors
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensors.read(name), tensor)
+
+
+def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
+    for name in ("fp16", "ema"):
+        torch.save(pico_weights(), tmp_path / f"pytorch_model.{name}.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.ema\.bin, pytorch_model\.fp16\.bin"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "pytorch_model.ema.bin").holds_all()

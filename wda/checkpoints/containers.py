@@ -16,6 +16,14 @@ from wda.places import Place
 # Accelerate puts the model's distributed checkpoint into a folder of the training's.
 _DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
 _RANK_FILE = "pytorch_model_fsdp_rank0.bin"
+# A model of llama.cpp, or a variant of Hugging Face's: files of any name between these.
+_SINGLE = (
+    f"*{ENDING}",
+    "model.safetensors.index.*.json",
+    "pytorch_model.bin.index.*.json",
+    "model.*.safetensors",
+    "pytorch_model.*.bin",
+)
 _STEP = re.compile(r"global_step\d+")
 
 
@@ -29,7 +37,7 @@ def container_in(folder: Place) -> Place | None:
     """
     if (file := first_file(folder, *_DISTRIBUTED, *MODEL_FILES, _RANK_FILE)) is not None:
         return file
-    if isinstance(folder, Path) and (files := sorted(folder.glob(f"*{ENDING}"))):
+    if isinstance(folder, Path) and (files := _single_files(folder)):
         if len(files) > 1:
             raise CheckpointError(
                 f"{folder}: holds several models: {listing([f.name for f in files], 4)}; give the "
@@ -47,6 +55,12 @@ def container_in(folder: Place) -> Place | None:
             f"{MODEL_FILES[0]}; give the folder of the step that is meant"
         )
     return file
+
+
+def _single_files(folder: Path) -> list[Path]:
+    """Give the files of a folder that each are a model, without the shards that an index names."""
+    found = (file for pattern in _SINGLE for file in sorted(folder.glob(pattern)))
+    return [file for file in found if "-of-" not in file.name]
 
 
 def open_container(path: Place) -> Tensors:

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from wda.checkpoints import gguf
+from wda.checkpoints.composed import with_composed
 from wda.checkpoints.containers import container_in, open_container
 from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.quantised import dequantised
-from wda.checkpoints.tensors import Tensors, first_file, read_json
+from wda.checkpoints.tensors import Tensors, first_file, is_index, read_json
 from wda.places import Place
 from wda.remote import RemotePlace
 
@@ -35,7 +36,7 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
 )
-ENDINGS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".gguf")
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 class Found:
@@ -66,7 +67,8 @@ class Found:
     def file(self) -> Place | None:
         """The file with its weights, or with the index of their shards."""
         if not self.is_folder:
-            return self.path if self.path.name.endswith(ENDINGS) else None
+            known = self.path.name.endswith(ENDINGS) or is_index(self.path)
+            return self.path if known else None
         return self.has(*ADAPTER_FILES, *WEIGHT_FILES) or container_in(self.folder)
 
     def has(self, *names: str) -> Place | None:
@@ -106,7 +108,7 @@ class Found:
         tensors = open_container(self.file)
         if self.file.suffix == gguf.ENDING:
             return tensors, gguf.packed_as(tensors)
-        return dequantised(tensors, self._quantisation, self.path)
+        return dequantised(with_composed(tensors), self._quantisation, self.path)
 
     def _quantisation(self) -> Mapping[str, Any]:
         """Tell what the model's configuration says of its quantisation."""

@@ -8,6 +8,7 @@ ever unpickled in weights-only mode, which executes nothing it contains.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -262,6 +263,11 @@ def first_file(folder: Place, *names: str) -> Place | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
+def is_index(path: Place) -> bool:
+    """Tell whether a file is the index of shards, of a variant (``.index.fp16.json``) or not."""
+    return re.search(r"\.index(?:\.\w+)?\.json$", path.name) is not None
+
+
 def open_tensors(path: Place) -> Tensors:
     """Open a weight file, or the shards of an index, reading headers only.
 
@@ -272,7 +278,7 @@ def open_tensors(path: Place) -> Tensors:
     CheckpointError
         When a file is truncated, corrupt or missing, or a pickle holds more than tensors.
     """
-    if path.name.endswith(".index.json"):
+    if is_index(path):
         return _open_sharded(path)
     file = _open_file(path)
     return Tensors(dict.fromkeys(file.entries, file.place), path, [file])

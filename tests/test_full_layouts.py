@@ -316,3 +316,47 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"pytorch_model\.ema\.bin, pytorch_model\.fp16\.bin"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "pytorch_model.ema.bin").holds_all()
+
+
+def experts_of(kind: str) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shapes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "head_dim": 8}
+    counts = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
+    config = AutoConfig.for_model(
+        kind, vocab_size=24, num_experts_per_tok=1, intermediate_size_mlp=20, **shapes, **counts
+    )
+    torch.manual_seed(0)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Biases would hide what is measured: that one expert alone makes of its input.
+            parameter.copy_(0 * parameter if "bias" in name else torch.randn(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "gpt_oss", "granitemoe"])
+def test_experts_in_one_tensor_are_matrices_of_each(kind: str, tmp_path: Path) -> None:
+    model = experts_of(kind)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    tensors = open_base(tmp_path).tensors
+    path = next(name for name in tensors if name.endswith(".experts.2.gate_proj.weight"))
+    path = path.removesuffix(".gate_proj.weight")
+    gate, up, down = (tensors.read(f"{path}.{part}_proj.weight") for part in ("gate", "up", "down"))
+    assert (gate.shape, up.shape, down.shape) == ((20, 16), (20, 16), (16, 20))
+    parts = tensors.read(f"{path}.gate_proj.weight", rows=[slice(3, 9)])
+    assert torch.equal(parts, gate[3:9])
+    x = 0.1 * torch.randn(1, 16)
+    gated, lifted = x @ gate.T, x @ up.T
+    if kind == "gpt_oss":
+        hidden = (lifted.clamp(-7, 7) + 1) * gated.clamp(max=7) * (1.702 * gated).sigmoid()
+    else:
+        hidden = torch.nn.functional.silu(gated) * lifted
+    expected = hidden @ down.T
+    layer = model.model.layers[0]  # type: ignore[union-attr, index]
+    if kind == "llama4_text":
+        made = layer.feed_forward.experts(x.repeat(3, 1))[2:]
+    else:
+        experts = layer.mlp.experts if kind == "gpt_oss" else layer.block_sparse_moe.experts
+        made = experts(x, torch.tensor([[2]]), torch.ones(1, 1))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)

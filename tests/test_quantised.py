@@ -160,7 +160,13 @@ def test_scales_of_8_bit_weights(scale: torch.Tensor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "name"), [("W_q", "HQQ"), ("codebooks", "AQLM"), ("weight_scales", "EETQ")]
+    ("part", "name"),
+    [
+        ("gate_up_proj_blocks", "MXFP4"),
+        ("W_q", "HQQ"),
+        ("codebooks", "AQLM"),
+        ("weight_scales", "EETQ"),
+    ],
 )
 def test_other_schemes_are_named(part: str, name: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", {f"layer.0.query.{part}": torch.randn(4, 6)})

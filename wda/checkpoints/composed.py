@@ -1,12 +1,14 @@
 """Weights that PyTorch's modules hold under other names, or as other tensors.
 
 ``weight_norm`` holds a magnitude and a direction; ``MultiheadAttention`` queries, keys and values
-in one tensor, a third each.
+in one tensor, a third each; some mixtures of experts all experts in one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +25,49 @@ _FUSED = ".in_proj_weight"
 _THIRDS = ("q_proj", "k_proj", "v_proj")
 
 
-def with_composed(tensors: Tensors) -> Tensors:
-    """Give tensors with the weights that such parts mean, under the names they would have alone."""
-    derived: dict[str, Derived] = {}
+@dataclass(frozen=True)
+class _Experts:
+    """How a kind of model stores the matrices of all experts of a layer.
+
+    Attributes
+    ----------
+    gate_up, down : str
+        How the names of the two tensors end.
+    turned : bool
+        Whether each matrix is stored as (in, out).
+    alternating : bool
+        Whether gate and up take turns, output feature by output feature, rather than halves.
+    """
+
+    gate_up: str
+    down: str
+    turned: bool
+    alternating: bool = False
+
+
+_LLAMA_4 = _Experts(".experts.gate_up_proj", ".experts.down_proj", turned=True)
+_GPT_OSS = replace(_LLAMA_4, alternating=True)
+_GRANITE = _Experts(".input_linear.weight", ".output_linear.weight", turned=False)
+_KINDS = {
+    "llama4": _LLAMA_4,
+    "llama4_text": _LLAMA_4,
+    "gpt_oss": _GPT_OSS,
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+}
+
+
+def with_composed(tensors: Tensors, config: Callable[[], Mapping[str, Any]]) -> Tensors:
+    """Give tensors with the weights that such parts mean, under the names they would have alone.
+
+    Parameters
+    ----------
+    tensors : Tensors
+        What is stored.
+    config : callable
+        Gives the model's ``config.json``, which tells how experts lie in one tensor.
+    """
+    derived: dict[str, Derived] = _of_experts(tensors, config)
     for name in tensors:
         for of_magnitude, of_direction in _NORMED:
             path = name.removesuffix(of_magnitude)
@@ -38,6 +80,50 @@ def with_composed(tensors: Tensors) -> Tensors:
             for third, part in enumerate(_THIRDS):
                 derived[f"{path}.{part}.weight"] = Derived((name,), _third(third))
     return tensors.with_derived(derived) if derived else tensors
+
+
+def _of_experts(tensors: Tensors, config: Callable[[], Mapping[str, Any]]) -> dict[str, Derived]:
+    """Give the matrices of each expert, where a kind of model that is known stores all in one."""
+    endings = tuple({ending for kind in _KINDS.values() for ending in (kind.gate_up, kind.down)})
+    names = [name for name in tensors if name.endswith(endings)]
+    kind = _KINDS.get(str(config().get("model_type"))) if names else None
+    derived: dict[str, Derived] = {}
+    for name in names if kind else ():
+        assert kind is not None
+        shape = tensors[name].shape
+        if len(shape) != 3 or not name.endswith((kind.gate_up, kind.down)):
+            continue
+        up = name.endswith(kind.gate_up)
+        path = name.removesuffix(kind.gate_up if up else kind.down)
+        out = shape[2] if kind.turned else shape[1]
+        parts = {"down_proj": slice(None)}
+        if up and kind.alternating:
+            parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+        elif up:
+            parts = {"gate_proj": slice(0, out // 2), "up_proj": slice(out // 2, None)}
+        for expert in range(shape[0]):
+            for part, features in parts.items():
+                made = Derived((name,), _expert(expert, features, kind.turned))
+                derived[f"{path}.experts.{expert}.{part}.weight"] = made
+    return derived
+
+
+def _expert(expert: int, features: slice, turned: bool) -> Callable[[Sequence[Entry]], Entry]:
+    """Tell how some output features of one expert are read."""
+
+    def make(parts: Sequence[Entry]) -> Entry:
+        (stacked,) = parts
+        out, width = stacked.shape[:0:-1] if turned else stacked.shape[1:]
+        size = len(range(*features.indices(out)))
+
+        def read(rows: slice) -> Tensor:
+            matrix = stacked.read(slice(expert, expert + 1))[0]
+            return (matrix.T if turned else matrix)[features][rows]
+
+        stored = f"{stacked.stored} expert {expert} {features}"
+        return Entry((size, width), stacked.file, read, stacked.nbytes // stacked.shape[0], stored)
+
+    return make
 
 
 def _normed(parts: Sequence[Entry]) -> Entry:

@@ -108,7 +108,8 @@ class Found:
         tensors = open_container(self.file)
         if self.file.suffix == gguf.ENDING:
             return tensors, gguf.packed_as(tensors)
-        return dequantised(with_composed(tensors), self._quantisation, self.path)
+        composed = with_composed(tensors, lambda: self.json("config.json"))
+        return dequantised(composed, self._quantisation, self.path)
 
     def _quantisation(self) -> Mapping[str, Any]:
         """Tell what the model's configuration says of its quantisation."""

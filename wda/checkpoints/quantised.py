@@ -24,6 +24,7 @@ Values = Callable[[slice], Tensor]
 
 # Schemes that are not read, and the part each is told by.
 _OTHERS = {
+    "_proj_blocks": "MXFP4",
     ".W_q": "HQQ",
     ".codebooks": "AQLM",
     ".weight_global_scale": "NVFP4",

@@ -22,7 +22,7 @@ ROOMS: list[set[str]] = [
     {"checkpoints"},
     {"manifest"},
     {"runs", "figures"},
-    {"pairing", "inspection", "merging"},
+    {"pairing", "inspection", "merging", "origins"},
     {"plan", "diagnosis"},
     {"engine"},
     {"schedule"},

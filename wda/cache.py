@@ -188,6 +188,6 @@ def _code() -> str:
     files = [*(package / f"{room}.py" for room in _NUMBERS_FROM)]
     digest = hashlib.sha256()
     rooms = (package / room for room in ("updates", "checkpoints"))
-    for file in [*files, *(file for room in rooms for file in sorted(room.glob("*.py")))]:
+    for file in [*files, *(file for room in rooms for file in sorted(room.rglob("*.py")))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()

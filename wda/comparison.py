@@ -20,7 +20,8 @@ from wda.engine import usable_device
 from wda.errors import LocationError, ManifestError, listing
 from wda.files import describe, staged_folder
 from wda.locations import locate, of_model_reference
-from wda.manifest import Manifest, make_manifest
+from wda.manifest import W0, Manifest, make_manifest
+from wda.origins import on_what_they_were_trained
 from wda.pairing import Pairing, pair
 from wda.places import Place, shown
 from wda.plan import Reading, readings
@@ -75,7 +76,7 @@ class Comparison:
         (folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
 
 
-def compare(
+def compare(  # noqa: PLR0913 - all but the first have a default
     paths_or_manifest: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
@@ -86,6 +87,7 @@ def compare(
     max_memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
     given: Given = NOTHING_GIVEN,
+    w0: W0 | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -114,6 +116,10 @@ def compare(
         Where to compute: ``cpu``, ``cuda`` or ``cuda:N``.
     given : Given
         What the checkpoints do not say themselves, such as α.
+    w0 : {"original", "dequantized"}, optional
+        What adapters trained on a quantised model are compared with: the weights they saw
+        (``base`` is that model), or the original ones (``base`` is the original, and the adapters
+        name the quantised model, or ``given.trained_on`` does). By default the weights of the base.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -128,7 +134,7 @@ def compare(
         One of its kinds, when something given does not exist, cannot be read or does not fit.
     """
     computing = usable_device(device)
-    manifest = make_manifest(paths_or_manifest, base, matrices, per, given)
+    manifest = make_manifest(paths_or_manifest, base, matrices, per, given, w0)
     with progress_bar(progress) as bar:
         opened = _open(manifest, bar)
         with open_cache(cache, opened.base, manifest.per, computing) as kept:
@@ -148,7 +154,12 @@ def compare(
     table = make_table(_row(measurement) for measurement in measurements)
     facts = _facts(manifest, opened.members)
     facts |= {"device": computing, "rows_computed_before": len(known)}
-    facts["base"] = {"location": opened.base_location, "files": describe(opened.base.files)}
+    facts["w0"] = manifest.w0 or ("dequantized" if opened.base.quantised else "as stored")
+    facts["base"] = {
+        "location": opened.base_location,
+        "quantised": opened.base.quantised,
+        "files": describe(opened.base.files),
+    }
     notes = [*opened.notes, *_undirected_note(table), *_cache_note(len(known), kept.trouble)]
     return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
 
@@ -269,6 +280,7 @@ def _open(manifest: Manifest, bar: Progress) -> _Opened:
     )
     location, place = _find_base(manifest, members)
     base = open_base(place)
+    members = on_what_they_were_trained(members, base, manifest.w0)
     bar.update(task, advance=1, note="pairing matrices")
     pairings, notes = pair(base, members, manifest.matrices)
     bar.update(task, note="")

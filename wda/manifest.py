@@ -31,6 +31,8 @@ from wda.naming import DEFAULT_LABELS
 from wda.places import shown
 from wda.validation import load_yaml
 
+W0 = Literal["original", "dequantized"]
+
 
 class Run(BaseModel):
     """One training whose checkpoints are compared with the base."""
@@ -67,6 +69,10 @@ class Run(BaseModel):
     initial: str | None = Field(
         default=None, description="Location of the adapter as it was before its training."
     )
+    trained_on: str | None = Field(
+        default=None,
+        description="Location of the quantised model it was trained on, where w0 is original.",
+    )
 
     @model_validator(mode="after")
     def _name_from_path(self) -> Self:
@@ -78,7 +84,7 @@ class Run(BaseModel):
     def given(self) -> Given:
         """What is said of its checkpoints that they do not say themselves."""
         enabled = None if self.enabled is None else tuple(self.enabled)
-        return Given(self.alpha, enabled, self.axis, self.initial)
+        return Given(self.alpha, enabled, self.axis, self.initial, self.trained_on)
 
 
 def _last_part(location: str) -> str:
@@ -104,6 +110,11 @@ class Manifest(BaseModel):
     )
     per: Literal["output", "input"] = Field(
         default="output", description="One vector per output feature (the paper) or per input."
+    )
+    w0: W0 | None = Field(
+        default=None,
+        description="What W0 is of adapters trained on a quantised model: its dequantized weights, "
+        "or the original ones of the base; by default the weights of the base, as they mean.",
     )
     runs: list[Run] = Field(min_length=1, description="The trainings to compare.")
 
@@ -137,6 +148,7 @@ def make_manifest(
     matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
     given: Given = NOTHING_GIVEN,
+    w0: W0 | None = None,
 ) -> Manifest:
     """Make a manifest from run folders, or read one; what is given beside it overrides it.
 
@@ -177,5 +189,6 @@ def make_manifest(
         "matrices": None if matrices is None else list(matrices),
         "per": per,
         "runs": runs,
+        "w0": w0,
     }
     return manifest.model_copy(update={k: v for k, v in options.items() if v is not None})

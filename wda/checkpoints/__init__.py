@@ -16,6 +16,7 @@ from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.mlx import MlxCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
 from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
+from wda.checkpoints.trained_on import TrainedOn
 from wda.errors import CheckpointError
 from wda.places import Place
 from wda.remote import RemotePlace
@@ -27,6 +28,7 @@ __all__ = [
     "Form",
     "FullCheckpoint",
     "Given",
+    "TrainedOn",
     "open_base",
     "open_checkpoint",
     "step_in",

@@ -21,12 +21,15 @@ class Given:
     initial : str or None
         Location of the adapter as it was before its training, where the initialiser took that off
         W0 and it cannot be computed again.
+    trained_on : str or None
+        Location of the quantised model that it was trained on, where W0 is to be the original one.
     """
 
     alpha: float | None = None
     enabled: tuple[str, ...] | None = None
     axis: Literal["output", "input"] | None = None
     initial: str | None = None
+    trained_on: str | None = None
 
 
 NOTHING_GIVEN = Given()

@@ -77,6 +77,21 @@ def compare(
     enabled: Enabled = None,
     axis: Axis = None,
     initial: Initial = None,
+    w0: Annotated[
+        str | None,
+        typer.Option(
+            metavar="original|dequantized",
+            help="What W0 is of adapters trained on a quantised model: the weights they saw "
+            "(--base is that model, default), or the original ones (--base is the original).",
+        ),
+    ] = None,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOCATION",
+            help="The quantised model, for --w0 original; by default what the adapters name.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -127,13 +142,15 @@ def compare(
     explain_files_cut_short()
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
+    if w0 not in (None, "original", "dequantized"):
+        raise typer.BadParameter(f"'original' or 'dequantized', not {w0!r}", param_hint="--w0")
     if cache is not None and no_cache:
         raise typer.BadParameter("give one of --cache and --no-cache", param_hint="--no-cache")
     if dry_run:
         from wda.comparison import plan
         from wda.console import show_plan
 
-        given = gather(alpha, enabled, axis, initial)
+        given = gather(alpha, enabled, axis, initial, trained_on)
         show_plan(plan(what, base, matrices, given, progress=sys.stderr.isatty()), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
@@ -150,7 +167,8 @@ def compare(
             executor=executor,
             max_memory=max_memory << 20,
             device=device,
-            given=gather(alpha, enabled, axis, initial),
+            given=gather(alpha, enabled, axis, initial, trained_on),
+            w0=w0,  # type: ignore[arg-type]
             progress=sys.stderr.isatty(),
         )
         if folder is not None:

@@ -35,7 +35,11 @@ Initial = Annotated[
 
 
 def gather(
-    alpha: float | None, enabled: str | None, axis: str | None, initial: str | None
+    alpha: float | None,
+    enabled: str | None,
+    axis: str | None,
+    initial: str | None,
+    trained_on: str | None = None,
 ) -> Given:
     """Gather what the user says of checkpoints that they do not say themselves."""
     from wda.checkpoints import Given
@@ -43,4 +47,4 @@ def gather(
     if axis not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {axis!r}", param_hint="--axis")
     parts = None if enabled is None else tuple(word.strip() for word in enabled.split(","))
-    return Given(alpha, parts, axis, initial)  # type: ignore[arg-type]
+    return Given(alpha, parts, axis, initial, trained_on)  # type: ignore[arg-type]

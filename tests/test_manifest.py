@@ -69,7 +69,7 @@ def test_all_mistakes_are_reported_together_with_their_lines(tmp_path: Path) -> 
     assert "5 wrong" in text
     for part in (
         "line 1: base: Input should be a valid string, got 3",
-        "line 2: model: no such field; fields are base, matrices, per, runs",
+        "line 2: model: no such field; fields are base, matrices, per, w0, runs",
         "line 3: per: Input should be 'output' or 'input', got 'row'",
         "line 6: runs.0.seed: Input should be a valid integer",
         "line 7: runs.1.path: Field required",

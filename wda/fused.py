@@ -21,6 +21,9 @@ _QUERY_KEY_VALUE = {
     "falcon": "query_key_value",
     "gpt_bigcode": "c_attn",
     "gpt_neox": "query_key_value",
+    "litgpt": "qkv",
+    "litgpt_interleaved": "attn",
+    "megatron": "linear_qkv",
     "modernbert": "Wqkv",
     "mpt": "Wqkv",
     "persimmon": "query_key_value",
@@ -31,7 +34,12 @@ _QUERY_KEY_VALUE = {
 _CODEGEN_SHARES = 4
 
 # Kind of model → the projection whose output features are gate and up, half and half.
-_GATE_UP = {"glm": "gate_up_proj", "glm4": "gate_up_proj", "phi3": "gate_up_proj"}
+_GATE_UP = {
+    "glm": "gate_up_proj",
+    "glm4": "gate_up_proj",
+    "megatron": "linear_fc1",
+    "phi3": "gate_up_proj",
+}
 
 _GPT2 = "c_attn"
 
@@ -82,7 +90,8 @@ def _query_key_value(kind: str, rows: int, config: Mapping[str, Any]) -> Parts:
     if kind == "codegen":
         share = rows // 3 // _CODEGEN_SHARES
         return _repeated(rows, _CODEGEN_SHARES, {"query": share, "value": share, "key": share})
-    if kind == "falcon" and config.get("new_decoder_architecture"):
+    grouped = ("litgpt_interleaved", "megatron")
+    if kind in grouped or (kind == "falcon" and config.get("new_decoder_architecture")):
         groups = apart // size
         return _repeated(
             rows, groups, {"query": heads // groups * size, "key": size, "value": size}

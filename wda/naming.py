@@ -35,13 +35,13 @@ _ENDINGS: dict[str, str] = {
         r"|self_attention\.dense|(?:attn|crossattention)\.c_proj|attn\.proj|to_out(?:\.0)?"
         r"|(?:SelfAttention|EncDecAttention)\.o|attention\.wo"
     ),
-    "gate": r"gate_proj|feed_forward\.w1|DenseReluDense\.wi_0",
+    "gate": r"gate_proj|mlp\.fc_1|feed_forward\.w1|DenseReluDense\.wi_0",
     "up": (
-        r"up_proj|intermediate\.dense|fc1|lin1|c_fc|dense_h_to_4h|fc_in"
+        r"up_proj|mlp\.fc_2|intermediate\.dense|fc1|lin1|c_fc|dense_h_to_4h|fc_in"
         r"|feed_forward\.w3|DenseReluDense\.wi(?:_1)?"
     ),
     "down": (
-        r"down_proj|output\.dense|fc2|lin2|mlp\.c_proj|dense_4h_to_h|fc_out"
+        r"down_proj|mlp\.proj|output\.dense|fc2|lin2|mlp\.c_proj|dense_4h_to_h|fc_out"
         r"|feed_forward\.w2|DenseReluDense\.wo"
     ),
 }
@@ -101,9 +101,8 @@ class Matrix:
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
         found, passed = [], 0
         for piece in self.part or (range(self.stored_shape[0]),):
-            start, stop = max(first - passed, 0), min(last - passed, len(piece))
-            if start < stop:
-                found.append(slice(piece.start + start, piece.start + stop))
+            if some := piece[max(first - passed, 0) : max(last - passed, 0)]:
+                found.append(slice(some.start, some.stop, some.step))
             passed += len(piece)
         return found
 

@@ -11,12 +11,18 @@ from wda.checkpoints.diffusion import (
 )
 from wda.checkpoints.forms import Form
 from wda.checkpoints.found import ADAPTER_FILES, WEIGHT_FILES, Found
+from wda.checkpoints.fsdp_qlora import FsdpQloraCheckpoint
 from wda.checkpoints.full import FullCheckpoint
 from wda.checkpoints.given import NOTHING_GIVEN, Given
+from wda.checkpoints.litgpt import LitGptAdapter, LitGptModel
+from wda.checkpoints.loralib import LoralibCheckpoint
 from wda.checkpoints.mlx import MlxCheckpoint
+from wda.checkpoints.nemo import NemoCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
 from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
 from wda.checkpoints.trained_on import TrainedOn
+from wda.checkpoints.torchtune import TorchtuneCheckpoint
+from wda.checkpoints.vl_bart import VlBartCheckpoint
 from wda.errors import CheckpointError
 from wda.places import Place
 from wda.remote import RemotePlace
@@ -36,6 +42,13 @@ __all__ = [
 
 # The first layout that recognises a folder reads it; the more telling ones come first.
 LAYOUTS: tuple[type[Checkpoint], ...] = (
+    VlBartCheckpoint,
+    FsdpQloraCheckpoint,
+    NemoCheckpoint,
+    TorchtuneCheckpoint,
+    LitGptAdapter,
+    LitGptModel,
+    LoralibCheckpoint,
     NvlabsCheckpoint,
     MlxCheckpoint,
     PeftCheckpoint,

@@ -91,13 +91,31 @@ class Names:
         }
         directions |= others
         self._check_magnitudes(directions, axis)
-        forms: dict[str, Form] = {m: Whole(self.stored("whole", m)) for m in self["whole"]}
-        forms |= directions
+        forms = self.wholes() | directions
         for module in self["magnitude"]:
             magnitude = self.stored("magnitude", module)
             direction = directions.get(module, Nothing(magnitude))
             forms[module] = Decomposed(direction, magnitude, axis(module))
         return forms
+
+    def wholes(self) -> dict[str, Form]:
+        """Give the forms of the modules that are trained whole."""
+        return {module: Whole(self.stored("whole", module)) for module in self["whole"]}
+
+    def require_pairs(self) -> None:
+        """Refuse a factor that lacks the other one.
+
+        Raises
+        ------
+        CheckpointError
+            Naming their modules.
+        """
+        a, b = set(self["A"]), set(self["B"])
+        if a != b:
+            raise CheckpointError(
+                f"{self.path}: lora_A and lora_B do not belong together; only one of the two "
+                f"exists for {listing(sorted(a ^ b))}"
+            )
 
     def require_magnitudes(self, modules: Iterable[str], why: str, way_out: str) -> None:
         """Refuse an adapter that lacks the magnitude of one of these modules.
@@ -115,12 +133,8 @@ class Names:
             )
 
     def _check(self) -> None:
-        a, b = set(self["A"]), set(self["B"])
-        if a != b:
-            raise CheckpointError(
-                f"{self.path}: lora_A and lora_B do not belong together; only one of the two "
-                f"exists for {listing(sorted(a ^ b))}"
-            )
+        self.require_pairs()
+        a = set(self["A"])
         shapes = {m: (self.stored("A", m).shape, self.stored("B", m).shape) for m in sorted(a)}
         wrong = [
             f"{module} (A {of_a}, B {of_b})"

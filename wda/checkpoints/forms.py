@@ -60,13 +60,19 @@ class Stored:
         rows, columns = first, math.prod(others)
         return (columns, rows) if self.turned else (rows, columns)
 
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What its values depend on beside those in the file."""
+        return (self.turned,)
+
     def read(self, rows: Sequence[slice] | None = None) -> Tensor:
         """Give its values, or some of its rows."""
-        if rows is None or self.turned:
-            whole = laid_flat(self.tensors.read(self.name, again=True))
-            whole = whole.T if self.turned else whole
-            return whole if rows is None else pick(whole, rows)
-        return laid_flat(self.tensors.read(self.name, rows=rows))
+        if rows is not None and len(rows) == 1 and not self.turned:
+            return laid_flat(self.tensors.read(self.name, rows=rows))
+        # Scattered rows are picked from the whole, which travels once.
+        whole = laid_flat(self.tensors.read(self.name, again=True))
+        whole = whole.T if self.turned else whole
+        return whole if rows is None else pick(whole, rows)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Form(ABC):
     @property
     def told(self) -> tuple[object, ...]:
         """What the update depends on beside the tensors, and the shape they have to fit."""
-        return (type(self).__name__, self.scale, tuple(part.turned for part in self.parts))
+        return (type(self).__name__, self.scale, tuple(part.told for part in self.parts))
 
     @abstractmethod
     def update(self, wanted: Wanted) -> Update:

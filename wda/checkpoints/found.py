@@ -20,6 +20,9 @@ CONFIG_FILE = "adapter_config.json"
 # The names that weights go by in folders, adapters' first: where a folder has several of them,
 # whole models lie beside adapters as what they were merged into or made from.
 ADAPTER_FILES = (
+    "adapter_model.pt",
+    "lit_model.pth.lora",
+    "model_state_dict.safetensors",
     "adapter_model.safetensors",
     "adapter_model.bin",
     "adapters.safetensors",
@@ -35,8 +38,9 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
+    "lit_model.pth",
 )
-ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pth.lora", ".gguf")
 
 
 class Found:

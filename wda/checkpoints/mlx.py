@@ -1,19 +1,24 @@
-"""LoRA and DoRA adapters as MLX-LM writes them.
+"""LoRA, DoRA and full fine-tuning as MLX-LM writes them.
 
-Keys end in ``lora_a`` (in, rank), ``lora_b`` (rank, out) and ``m`` (out,). The factor s stands in
-``adapter_config.json`` as it is, ``lora_parameters.scale``; there is no α. The last adapter of a
-training is ``adapters.safetensors``; those before have the step in front of the name.
+Keys end in ``lora_a`` (in, rank), ``lora_b`` (rank, out) and ``m`` (out,). Of an embedding they are
+(tokens, rank), (rank, width) and (tokens,); of experts, which MLX stacks, (experts, rank, in) and
+(experts, out, rank). The factor s stands in ``adapter_config.json`` as it is,
+``lora_parameters.scale``; there is no α. The last adapter of a training is
+``adapters.safetensors``; those before have the step in front of the name.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Self
 
 from wda.checkpoints.adapter import Adapter
-from wda.checkpoints.factors import sort_names
+from wda.checkpoints.factors import Names, sort_names
+from wda.checkpoints.forms import Decomposed, Factors, Form, Stored, Whole
 from wda.checkpoints.found import CONFIG_FILE, Found
-from wda.errors import CheckpointError, listing
+from wda.checkpoints.shares import unstacked
+from wda.errors import CheckpointError
 
 _STEP_FILES = re.compile(r"(\d+)_adapters\.safetensors")
 
@@ -24,6 +29,10 @@ _ENDINGS = {
     "frozen": re.compile(r"\.bias$"),
     "whole": re.compile(r"\.weight$"),
 }
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?)$")
+# MLX stacks experts; the models it converts from have them apart.
+_EXPERTS = re.compile(r"(.*)\.switch_mlp\.(\w+)_proj\.(lora_[ab])")
+_MIXTRAL = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
 class MlxCheckpoint(Adapter):
@@ -39,22 +48,22 @@ class MlxCheckpoint(Adapter):
         if found.file is None or not {"lora_parameters", "fine_tune_type"} & set(found.config):
             return None
         kind = found.config.get("fine_tune_type", "lora")
+        base = found.config.get("model") or None
+        if kind == "full":
+            return cls(found, found.tensors, _wholes(found), "ft", _vectors(found), base)
         scale = _scale(found, kind)
-        names = sort_names(found.path, found.tensors, _ENDINGS, turned=True)
-        stacked = [m for m, name in names["A"].items() if "embed" in m or "switch" in name]
-        if stacked:
-            raise CheckpointError(
-                f"{found.path}: adapters of embeddings and of experts are not read yet: "
-                f"{listing(stacked, 4)}"
-            )
-        forms = names.forms(lambda _module: scale)
+        tensors = unstacked(found.tensors, _of_expert)
+        names = sort_names(found.path, tensors, _ENDINGS)
+        names.require_pairs()
+        forms = names.wholes()
+        for module in names["A"]:
+            forms[module] = _form(names, module, scale)
         if kind == "dora":
             names.require_magnitudes(
                 names["A"], "fine_tune_type is dora but m is missing", "save it with m"
             )
         method = "dora" if names["magnitude"] else "lora"
-        base = found.config.get("model") or None
-        return cls(found, found.tensors, forms, method, names.unread, base)
+        return cls(found, tensors, forms, method, names.unread, base)
 
 
 def _scale(found: Found, kind: object) -> float:
@@ -62,7 +71,7 @@ def _scale(found: Found, kind: object) -> float:
     config_file = found.folder / CONFIG_FILE
     if kind not in ("lora", "dora"):
         raise CheckpointError(
-            f"{config_file}: fine_tune_type {kind!r} is not read yet; 'lora' and 'dora' are"
+            f"{config_file}: fine_tune_type {kind!r} is not read yet; 'lora', 'dora' and 'full' are"
         )
     parameters = found.config.get("lora_parameters") or {}
     if parameters.get("scale") is None or parameters.get("alpha") is not None:
@@ -71,3 +80,59 @@ def _scale(found: Found, kind: object) -> float:
             "multiplied with; write scale·alpha/rank there as scale"
         )
     return float(parameters["scale"])
+
+
+def _form(names: Names, module: str, scale: float) -> Form:
+    """Tell the form of a module by its name: what A and B are differs with its kind."""
+    a, b = names.stored("A", module), names.stored("B", module)
+    if _EMBEDDING.search(module):
+        factors = Factors(b, a, scale)
+    elif _of_one_expert(module):
+        factors = Factors(a, b, scale)
+    else:
+        factors = Factors(replace(a, turned=True), replace(b, turned=True), scale)
+    if factors.A.shape[0] != factors.B.shape[1]:
+        raise CheckpointError(
+            f"{names.path}: factors that do not fit each other: {module} (A {a.shape}, "
+            f"B {b.shape}); all of them must come from one training"
+        )
+    if module not in names["magnitude"]:
+        return factors
+    magnitude = names.stored("magnitude", module)
+    if magnitude.shape[0] != factors.B.shape[0]:
+        raise CheckpointError(
+            f"{names.path}: m of {module} has {magnitude.shape[0]} numbers for "
+            f"{factors.B.shape[0]} output features"
+        )
+    return Decomposed(factors, magnitude)
+
+
+def _of_expert(name: str, expert: int) -> str | None:
+    """Name an expert's slice of stacked factors as the model that MLX converted has it."""
+    if (stacked := _EXPERTS.fullmatch(name)) is None:
+        return None
+    path, kind, factor = stacked.groups()
+    word = _MIXTRAL.get(kind, kind) if path.endswith("block_sparse_moe") else f"{kind}_proj"
+    return f"{path}.experts.{expert}.{word}.{factor}"
+
+
+def _of_one_expert(module: str) -> bool:
+    return re.search(r"\.experts\.\d+\.\w+$", module) is not None
+
+
+def _wholes(found: Found) -> dict[str, Form]:
+    """Give the weights of the layers that were trained in full."""
+    return {
+        _ENDINGS["whole"].sub("", name): Whole(Stored(found.tensors, name))
+        for name, entry in found.tensors.items()
+        if _ENDINGS["whole"].search(name) and len(entry.shape) == 2
+    }
+
+
+def _vectors(found: Found) -> tuple[str, ...]:
+    """Name what is trained and is no matrix; biases and the scales of norms go without saying."""
+    return tuple(
+        name
+        for name, entry in found.tensors.items()
+        if len(entry.shape) > 1 and not (_ENDINGS["whole"].search(name) and len(entry.shape) == 2)
+    )

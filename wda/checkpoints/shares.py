@@ -2,17 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from wda.checkpoints.entry import Entry
 from wda.checkpoints.forms import Form, Stored, Wanted
+from wda.checkpoints.tensors import Derived, Tensors
 from wda.naming import pick
-from wda.updates import LowRank
+from wda.updates import LowRank, Update
 
 Rows = tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Reordered(Stored):
+    """A tensor of a file whose rows are wanted in another order, or not all of them.
+
+    Attributes
+    ----------
+    order : tuple of range
+        Which of its rows come one behind the other.
+    """
+
+    order: Rows = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return sum(map(len, self.order)), super().shape[1]
+
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What its values depend on beside those in the file."""
+        return *super().told, self.order
+
+    def read(self, rows: Sequence[slice] | None = None) -> Tensor:
+        """Give its values in this order, or some of its rows."""
+        picked = [slice(some.start, some.stop, some.step) for some in self.order]
+        whole = pick(super().read(), picked)
+        return whole if rows is None else pick(whole, rows)
+
+
+@dataclass(frozen=True)
+class Share(Form):
+    """Some of the output features of another form, in an order of their own.
+
+    Attributes
+    ----------
+    whole : Form
+        The form that holds all of them.
+    rows : tuple of range
+        Which of its output features these are.
+    """
+
+    whole: Form
+    rows: Rows
+
+    @property
+    def words(self) -> str:  # type: ignore[override]
+        """What Wt is made of."""
+        return self.whole.words
+
+    @property
+    def needs_whole(self) -> bool:  # type: ignore[override]
+        """Whether the form it is of needs the whole of W0."""
+        return self.whole.needs_whole
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """The tensors of the form it is of."""
+        return self.whole.parts
+
+    @property
+    def shape(self) -> tuple[int, int | None]:
+        """(out_features, in_features)."""
+        return sum(map(len, self.rows)), self.whole.shape[1]
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the factors."""
+        return self.whole.rank
+
+    @property
+    def scale(self) -> float | None:
+        """The factor s in front."""
+        return self.whole.scale
+
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What the form it is of depends on, and which rows these are."""
+        return *super().told, self.rows, *self.whole.told
+
+    def update(self, wanted: Wanted) -> Update:
+        """Read the update of those rows of the other form."""
+        inner = replace(
+            wanted.matrix,
+            stored_transposed=False,
+            stored_shape=(self.whole.shape[0] or 0, wanted.matrix.stored_shape[1]),
+            part=self.rows,
+        )
+        pieces = [piece for some in wanted.stored_rows for piece in inner.rows_of_stored(some)]
+        part = tuple(range(piece.start, piece.stop, piece.step or 1) for piece in pieces)
+        return self.whole.update(Wanted(replace(inner, part=part), wanted.base))
+
+    def held_bytes(self, vectors: int, features: int) -> int:
+        """Give the memory of the other form's update of so many rows."""
+        return self.whole.held_bytes(vectors, features)
 
 
 @dataclass(frozen=True)
@@ -81,3 +182,49 @@ class BlockDiagonal(Form):
     def held_bytes(self, vectors: int, features: int) -> int:
         """Give the memory of the factors, which are widened to float64."""
         return 8 * self.A.shape[0] * (features + vectors)
+
+
+def behind(sizes: Mapping[str, int]) -> dict[str, Rows]:
+    """Lay parts of these sizes one behind the other.
+
+    Examples
+    --------
+    >>> behind({"query": 4, "value": 2})
+    {'query': (range(0, 4),), 'value': (range(4, 6),)}
+    """
+    found: dict[str, Rows] = {}
+    start = 0
+    for label, size in sizes.items():
+        found[label] = (range(start, start + size),)
+        start += size
+    return found
+
+
+def unstacked(tensors: Tensors, names: Callable[[str, int], str | None]) -> Tensors:
+    """Give the slices of stacked tensors names of their own.
+
+    Parameters
+    ----------
+    tensors : Tensors
+        All tensors.
+    names : callable
+        Gives the name of a tensor's slice of a number; None where it is no stack.
+    """
+    derived = {}
+    for name, entry in tensors.items():
+        for index in range(entry.shape[0] if entry.shape else 0):
+            if (of_slice := names(name, index)) is None:
+                break
+            derived[of_slice] = Derived((name,), partial(_slice_of, index))
+    return tensors.with_derived(derived) if derived else tensors
+
+
+def _slice_of(index: int, sources: Sequence[Entry]) -> Entry:
+    (entry,) = sources
+    return Entry(
+        entry.shape[1:],
+        entry.file,
+        lambda rows: entry.read(slice(index, index + 1))[0][rows],
+        math.prod(entry.shape[1:]) * (entry.nbytes // max(math.prod(entry.shape), 1)),
+        f"{entry.stored} [{index}]",
+    )

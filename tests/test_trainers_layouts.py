@@ -214,6 +214,17 @@ def test_alpha_changes_nothing_where_the_code_never_used_it() -> None:
         assert measures(compared(*of(name))) == measures(compared(*of(name), alpha=100))
 
 
+def test_vl_bart_starts_from_the_w0_it_holds(tmp_path: Path) -> None:
+    base, file = of("vl-bart-dora")
+    truth = load_file(file.parent / "truth.safetensors")
+    rounded = {n: t.bfloat16().float() for n, t in load_file(base / "model.safetensors").items()}
+    save_file(rounded, tmp_path / "model.safetensors")
+    measured = measures(compared(tmp_path, file))
+    module = "model.encoder.layers.0.self_attn.q_proj"
+    true = wda.decompose(rounded[f"{module}.weight"], truth[f"{module}.weight"])
+    assert measured[module, "query"] == pytest.approx((true.delta_m, true.delta_d), rel=1e-6)
+
+
 # MLX-LM
 
 

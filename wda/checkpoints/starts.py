@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wda.checkpoints.forms import Form, Stored, Wanted
 from wda.errors import CheckpointError
-from wda.updates import Computed, Dense, Some, Update, merged
+from wda.updates import Computed, Some, Update, merged
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PerhapsMerged(_Beside):
         return f"{self.change.words}, merged into the weight or not"
 
     def update(self, wanted: Wanted) -> Update:
-        """Tell by W0 which of the two the weight is, so that nothing is counted twice.
+        """Give the change of W0, once the weight is known to be W0 with or without it.
 
         Raises
         ------
@@ -107,4 +107,4 @@ class PerhapsMerged(_Beside):
                 f"beside it merged in (s = {self.scale:g}); give the base it was trained on, and "
                 "its own --alpha"
             )
-        return change if to_w0 <= to_wt else Dense(held)
+        return change

@@ -20,7 +20,7 @@ from wda.checkpoints.factors import sort_names
 from wda.checkpoints.forms import Factors, Form
 from wda.checkpoints.found import Found
 from wda.checkpoints.full import FullCheckpoint
-from wda.checkpoints.shares import BlockDiagonal, Rows, Share, behind
+from wda.checkpoints.fused_forms import BlockDiagonal, Rows, Share, behind
 from wda.errors import CheckpointError
 from wda.fused import ATTENTION, parts
 from wda.naming import align

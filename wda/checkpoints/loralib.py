@@ -15,8 +15,8 @@ from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import Names, sort_names
 from wda.checkpoints.forms import Factors, Form
 from wda.checkpoints.found import Found
+from wda.checkpoints.fused_forms import BlockDiagonal, behind
 from wda.checkpoints.given import Given
-from wda.checkpoints.shares import BlockDiagonal, behind
 from wda.checkpoints.starts import PerhapsMerged
 from wda.errors import CheckpointError, listing
 from wda.fused import ATTENTION, NAMES

@@ -17,7 +17,7 @@ from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import Names, sort_names
 from wda.checkpoints.forms import Decomposed, Factors, Form, Stored, Whole
 from wda.checkpoints.found import CONFIG_FILE, Found
-from wda.checkpoints.shares import unstacked
+from wda.checkpoints.fused_forms import unstacked
 from wda.errors import CheckpointError
 
 _STEP_FILES = re.compile(r"(\d+)_adapters\.safetensors")

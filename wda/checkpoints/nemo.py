@@ -17,7 +17,7 @@ from wda.checkpoints.factors import sort_names
 from wda.checkpoints.forms import Wanted
 from wda.checkpoints.found import Found
 from wda.checkpoints.full import FullCheckpoint
-from wda.checkpoints.shares import Share, unstacked
+from wda.checkpoints.fused_forms import Share, unstacked
 from wda.errors import CheckpointError, listing
 from wda.fused import parts
 from wda.naming import align

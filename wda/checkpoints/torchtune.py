@@ -16,7 +16,7 @@ from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import Names, sort_names
 from wda.checkpoints.forms import Decomposed, Factors, Form, Stored
 from wda.checkpoints.found import CONFIG_FILE, Found
-from wda.checkpoints.shares import Reordered, Rows, Share
+from wda.checkpoints.fused_forms import Reordered, Rows, Share
 from wda.errors import CheckpointError
 
 _OWN = {

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import wda
+from wda.checkpoints import open_base
 from wda.naming import find_matrices
 
 FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "fixtures").glob("*/about.json"))
@@ -34,6 +35,8 @@ def manifest(fixture: Path, options: dict[str, object], folder: Path) -> Path:
 
 def tensors_in(base: Path) -> dict[str, torch.Tensor]:
     """Load a model, or the parts of a pipeline under the names of their folders."""
+    if (file := base / "lit_model.pth").is_file():
+        return torch.load(file, weights_only=True)
     return {
         ".".join([*file.relative_to(base).parts[:-1], name]): tensor
         for file in base.rglob("*.safetensors")
@@ -57,8 +60,7 @@ def test_the_table_is_that_of_the_merged_weights(fixture: Path, tmp_path: Path) 
     ).table
     base = tensors_in(fixture / "base")
     truth = load_file(fixture / "truth.safetensors")
-    file = fixture / "base" / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = open_base(fixture / "base").config
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     matrices = {(m.module, m.label): m for m in find_matrices(shapes, config=config)}
     for row in table.itertuples():

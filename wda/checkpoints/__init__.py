@@ -20,8 +20,8 @@ from wda.checkpoints.mlx import MlxCheckpoint
 from wda.checkpoints.nemo import NemoCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
 from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
-from wda.checkpoints.trained_on import TrainedOn
 from wda.checkpoints.torchtune import TorchtuneCheckpoint
+from wda.checkpoints.trained_on import TrainedOn
 from wda.checkpoints.vl_bart import VlBartCheckpoint
 from wda.errors import CheckpointError
 from wda.places import Place

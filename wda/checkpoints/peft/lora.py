@@ -20,13 +20,13 @@ from typing import Any
 from wda.checkpoints.factors import Names, sort_names
 from wda.checkpoints.forms import Decomposed, Factors, Form, Stored
 from wda.checkpoints.found import CONFIG_FILE, Found
+from wda.checkpoints.fused_forms import BlockDiagonal
 from wda.checkpoints.peft import tokens
 from wda.checkpoints.peft.contents import WHOLE, Contents, require
 from wda.checkpoints.peft.experts import split_experts
 from wda.checkpoints.peft.initial import start_of
 from wda.checkpoints.peft.versions import rank_and_alpha, written_by
 from wda.checkpoints.rebased import StoredStart, started_from
-from wda.checkpoints.shares import BlockDiagonal
 from wda.errors import CheckpointError, listing
 
 # What a tensor is → how its name ends, after the module's path.

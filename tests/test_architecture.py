@@ -22,7 +22,7 @@ ROOMS: list[set[str]] = [
     {"checkpoints"},
     {"manifest"},
     {"runs", "figures"},
-    {"pairing", "inspection", "merging", "origins"},
+    {"pairing", "inspection", "merging", "origins", "conversion"},
     {"plan", "diagnosis"},
     {"engine"},
     {"schedule"},

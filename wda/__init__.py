@@ -25,6 +25,7 @@ from wda._version import __version__
 if TYPE_CHECKING:
     from wda import adapters, figures, training
     from wda.comparison import Comparison, compare
+    from wda.conversion import convert
     from wda.decomposition import Decomposition, decompose
     from wda.errors import WdaError
     from wda.manifest import Manifest, load_manifest
@@ -41,6 +42,7 @@ __all__ = [
     "adapters",
     "compare",
     "compute_statistics",
+    "convert",
     "decompose",
     "figures",
     "load_manifest",
@@ -56,6 +58,7 @@ _HOMES = {
     "WdaError": "wda.errors",
     "compare": "wda.comparison",
     "compute_statistics": "wda.statistics",
+    "convert": "wda.conversion",
     "decompose": "wda.decomposition",
     "load_manifest": "wda.manifest",
     "merge": "wda.merging",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,18 @@ def show_findings(found: Sequence[Finding], as_json: bool) -> None:
         console.print(f"{verdict}  {finding.check}: {escape(finding.number)}", soft_wrap=True)
         if finding.advice:
             console.print(f"            → {escape(finding.advice)}", soft_wrap=True)
+
+
+def show_errors(errors: Mapping[str, float]) -> None:
+    """Print how far off each approximated module is; nothing where all is exact."""
+    if not errors:
+        return
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    shown.add_column("approximated", overflow="fold")
+    shown.add_column("relative error", justify="right")
+    for module, error in errors.items():
+        shown.add_row(module, f"{error:.3g}")
+    Console().print(shown)
 
 
 def _cell(value: object) -> str:

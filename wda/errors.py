@@ -39,6 +39,10 @@ class OutputError(WdaError):
     """A place that cannot be written to."""
 
 
+class ConversionError(WdaError):
+    """An adapter that a layout cannot express."""
+
+
 class DeviceError(WdaError):
     """A device that is not there or cannot do the arithmetic."""
 

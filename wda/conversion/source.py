@@ -1,0 +1,201 @@
+"""The adapter that is converted, and the base that it is asked about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wda.checkpoints import Adapter, Checkpoint, Form, FullCheckpoint, open_base
+from wda.checkpoints.forms import Decomposed, Factors, Nothing, Stored, Whole
+from wda.checkpoints.found import Found
+from wda.checkpoints.peft import PeftCheckpoint
+from wda.conversion.change import Change, Weight, truncated
+from wda.errors import ConversionError
+from wda.locations import locate, of_model_reference
+from wda.naming import Matrix, find_matrices
+
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+
+
+class Source:
+    """The adapter that is converted, and its base, which is opened when it is first needed.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter.
+    base : str, Path or None
+        Location of its base; by default what it names.
+    """
+
+    def __init__(self, adapter: Adapter, base: str | Path | None) -> None:
+        self.adapter, self.given_base = adapter, base
+        self._why = ""
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Its ``adapter_config.json``; empty where there is none."""
+        return Found(self.adapter.path).config
+
+    def base(self, why: str) -> FullCheckpoint:
+        """Give the base.
+
+        Parameters
+        ----------
+        why : str
+            What it is needed for, for the message.
+
+        Raises
+        ------
+        ConversionError
+            When it is not known.
+        """
+        self._why = why
+        return self._base
+
+    @cached_property
+    def _base(self) -> FullCheckpoint:
+        if self.given_base is not None:
+            return open_base(locate(self.given_base))
+        if self.adapter.base is None:
+            raise ConversionError(
+                f"{self.adapter.path}: {self._why} needs the base, which the adapter does not "
+                "name; give it with --base LOCATION"
+            )
+        return open_base(locate(of_model_reference(self.adapter.base)))
+
+    @property
+    def _opened(self) -> FullCheckpoint | None:
+        known = self.given_base is not None or "_base" in self.__dict__
+        return self._base if known else None
+
+    @property
+    def known_modules(self) -> frozenset[str]:
+        """The modules of the adapter, and of the base where that is known."""
+        more = self._opened.modules if self._opened else frozenset()
+        return self.adapter.modules | more
+
+    @property
+    def turned(self) -> bool:
+        """Whether the base stores what the adapter changes as (in, out), as far as is known."""
+        if self._opened is None:
+            return bool(self.config.get("fan_in_fan_out"))
+        found = (self._matrices.get(name) for name in self.in_base.values())
+        return any(matrix.stored_transposed for matrix in found if matrix)
+
+    @cached_property
+    def in_base(self) -> Mapping[str, str]:
+        """The base's name of every module, by the adapter's own."""
+        return self.adapter.names_in(self._base)
+
+    def name(self, module: str) -> str:
+        """Give the path that a module is written under.
+
+        It is the adapter's own, also where the base has a prefix more or less, for the adapter
+        was trained on a model with that name. Where the layout spells paths otherwise, it is the
+        base's.
+        """
+        paths = isinstance(self.adapter, PeftCheckpoint)
+        paths = paths or type(self.adapter).names_in is Checkpoint.names_in
+        if self.given_base is None and paths:
+            return module
+        self.base("knowing the paths of its modules")
+        of_base = self.in_base[module]
+        return module if module.endswith(of_base) or of_base.endswith(module) else of_base
+
+    @cached_property
+    def _matrices(self) -> Mapping[str, Matrix]:
+        own = {of_base: module for module, of_base in self.in_base.items()}
+
+        def says_transposed(module: str, stored: tuple[int, int]) -> bool:
+            return module in own and self.adapter.says_transposed(own[module], stored)
+
+        found = find_matrices(self._base.tensors.shapes, says_transposed, self._base.config)
+        return {matrix.module: matrix.whole for matrix in found}
+
+    def matrix(self, module: str, why: str) -> Matrix:
+        """Give the matrix of the base that a module changes.
+
+        Raises
+        ------
+        ConversionError
+            When the base has none, or another shape.
+        """
+        base = self.base(why)
+        matrix = self._matrices.get(self.in_base[module])
+        if matrix is None:
+            raise ConversionError(f"{module}: {why} needs its base weight; {base.path} has none")
+        shape = self.adapter.stored_shape(module, matrix)
+        if shape != matrix.stored_shape:
+            raise ConversionError(
+                f"{module}: is {shape[0]}×{shape[1]}, in {base.path} "
+                f"{matrix.stored_shape[0]}×{matrix.stored_shape[1]} (out×in); is this its base?"
+            )
+        return matrix
+
+    def kernel(self, module: str, why: str) -> tuple[int, ...]:
+        """Give height and width of a convolution's kernel; nothing for others."""
+        return self.base(why).tensors[f"{self.in_base[module]}.weight"].shape[2:]
+
+    def w0(self, module: str, why: str) -> Tensor:
+        """Read W0 of a module as (out, in), in float64."""
+        matrix = self.matrix(module, why)
+        return self.base(why).weight(matrix.module, matrix).double()
+
+    def delta(self, module: str, w0: Tensor) -> Tensor:
+        """Give Wt − W0 of a module, in float64."""
+        matrix = self.matrix(module, "its difference")
+        return self.adapter.update(module, matrix, self._base).delta(w0, slice(None))
+
+    def carried(self, module: str) -> Change | Weight | str:
+        """Give the change of a module as it is stored, or the reason why it is none of factors."""
+        form = self.adapter.forms[module]
+        if type(form) is Whole:
+            return self._weight(module, form)
+        magnitude, direction = None, form
+        if type(form) is Decomposed:
+            if form.axis == "input":
+                return "it has a magnitude per input feature"
+            magnitude, direction = form.magnitude.read().flatten(), form.direction
+        if type(direction) not in (Factors, Nothing):
+            return f"it is stored as {direction.words}"
+        if self.is_embedding(module):
+            return "it is an embedding"
+        return self._change(module, direction, magnitude)
+
+    def is_embedding(self, module: str) -> bool:
+        """Tell by its name whether a module looks rows up, for which layouts have other keys."""
+        return _EMBEDDING.search(module) is not None
+
+    def approximated(self, module: str, rank: int, scaling: float) -> Change:
+        """Give the change of a rank, with a factor s, that comes next to what a module changes."""
+        why = "approximating it"
+        delta, kernel = self.delta(module, self.w0(module, why)), self.kernel(module, why)
+        return truncated(self.name(module), delta, rank, scaling, kernel)
+
+    def _change(self, module: str, direction: Form, magnitude: Tensor | None) -> Change:
+        if isinstance(direction, Factors):
+            a, b = direction.A, direction.B
+            kernel = _kernel_of(a)
+            return Change(
+                self.name(module), a.read(), b.read(), direction.scaling, magnitude, kernel
+            )
+        assert magnitude is not None
+        # Nothing is multiplied with; only the base knows how many input features it has.
+        none = magnitude.new_empty
+        return Change(module, none(0, 0), none(len(magnitude), 0), 1.0, magnitude)
+
+    def _weight(self, module: str, form: Whole) -> Weight:
+        tensors, name = form.weight.tensors, form.weight.name
+        bias = f"{name.removesuffix('weight')}bias"
+        held = {"weight": name, "bias": bias} if bias in tensors else {"weight": name}
+        return Weight(self.name(module), {kind: tensors.read(n) for kind, n in held.items()})
+
+
+def _kernel_of(a: Stored) -> tuple[int, ...]:
+    return () if a.turned else a.tensors[a.name].shape[2:]

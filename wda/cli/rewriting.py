@@ -46,3 +46,55 @@ def merge(
     done = run_merge(adapter, out, base, given, progress=sys.stderr.isatty())
     show_merged(done, as_json)
     say(f"written to {out}: the merged model")
+
+
+@app.command()
+def convert(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="One adapter, of any layout that is read.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(metavar="peft|lycoris|mlx|nvlabs|torchtune", help="The layout to write."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOCATION",
+            help="The pre-trained model, where something is computed from it. By default what the "
+            "adapter names.",
+        ),
+    ] = None,
+    approximate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="RANK",
+            help="Write factors of this rank for what the layout cannot express, and tell how far "
+            "off they are. By default that is refused.",
+        ),
+    ] = None,
+    alpha: Alpha = None,
+    enabled: Enabled = None,
+    axis: Axis = None,
+    initial: Initial = None,
+) -> None:
+    """Write an adapter in another layout: exactly, or not at all.
+
+    **Examples**
+
+        wda convert runs/dora/checkpoint-100 --to mlx --out converted
+
+        wda convert adapter --to peft --approximate 16 --base hf://org/model --out converted
+    """
+    from wda.console import show_errors
+    from wda.conversion import convert as run_convert
+
+    given = gather(alpha, enabled, axis, initial)
+    conversion = run_convert(
+        adapter, to, out, base, approximate, given, progress=sys.stderr.isatty()
+    )
+    say(*conversion.notes)
+    show_errors(conversion.errors)
+    say(f"written to {out}: {', '.join(file.name for file in conversion.files)}")

@@ -141,6 +141,17 @@ def test_what_cannot_be_merged_right_is_refused(tmp_path: Path) -> None:
     save_file(broken, file)
     with pytest.raises(CheckpointError, match="merges to NaN or Inf"):
         merge(adapter, out, base, progress=False)
+    fixture = Path(__file__).parent / "fixtures" / "nf4_double"
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"is nf4, and merged weights do not fit"):
+        merge(adapter, out, fixture / "checkpoint", progress=False)
+    parts = load_file(base / "model.safetensors") | {
+        "normed.weight_g": torch.ones(3, 1),
+        "normed.weight_v": torch.ones(3, 5),
+    }
+    save_file(parts, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"in parts or stacks \(normed\.weight\)"):
+        merge(adapter, out, base, progress=False)
     assert not out.exists()
 
 

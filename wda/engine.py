@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wda.checkpoints import FullCheckpoint
 from wda.decomposition import Displacement, Per
-from wda.errors import CheckpointError, DeviceError
+from wda.errors import CheckpointError, DeviceError, blaming, listing
 from wda.naming import Matrix
 from wda.pairing import Source
 from wda.remote import at_once
@@ -79,10 +79,12 @@ def measure_part(part: Part) -> list[Moved]:
     """
     _compute_alone()
     matrix, found = part.matrix, list[Moved]()
-    w0 = part.base.weight(matrix.module, matrix, part.rows).to(part.device)
+    with blaming(part.base.path):
+        w0 = part.base.weight(matrix.module, matrix, part.rows).to(part.device)
     for group in _grouped(part):
-        updates = [update.to(part.device) for update in _read(group, part)]
-        moves = displacements(w0, updates, part.per)
+        with blaming(listing(source.checkpoint.path for source in group)):
+            updates = [update.to(part.device) for update in _read(group, part)]
+            moves = displacements(w0, updates, part.per)
         part.base.require_unchanged(matrix.module)
         for source, update, move in zip(group, updates, moves, strict=True):
             source.checkpoint.require_unchanged(source.module)

@@ -4,7 +4,8 @@ Every message is one line that says what came, where, what is allowed and what t
 command line prints it without a traceback and exits with 1. Anything else that escapes is a bug.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class WdaError(Exception):
@@ -61,3 +62,22 @@ def listing(names: Iterable[object], most: int = 12) -> str:
     if len(shown) <= most:
         return ", ".join(shown)
     return ", ".join(shown[:most]) + f", … ({len(shown)} in all)"
+
+
+@contextmanager
+def blaming(place: object) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader stumble over into a message about the file.
+
+    Readers check what they can name. A number where a list should be, or a tensor of another shape
+    than its siblings', shows only when it is used.
+    """
+    try:
+        yield
+    except WdaError:
+        raise
+    except Exception as error:
+        what = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"{place}: its reader stumbled ({type(error).__name__}: {what}); a file or a setting "
+            "in it is damaged, copy it again; if it is whole, this is a defect worth reporting"
+        ) from error

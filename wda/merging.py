@@ -122,6 +122,7 @@ class _Merging:
 
     def __init__(self, adapter: Adapter, base: FullCheckpoint) -> None:
         self.adapter, self.base = adapter, base
+        self._require_plain()
         self.folder = Path(str(base.path)) if Path(str(base.path)).is_dir() else Path()
         self.done: list[Merged] = []
         self._own = self._pair()
@@ -147,6 +148,20 @@ class _Merging:
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
         for file in self._others():
             shutil.copy2(file, folder / file.name)
+
+    def _require_plain(self) -> None:
+        """Refuse a base whose weights cannot be written back as they were stored."""
+        if self.base.quantised:
+            raise CheckpointError(
+                f"{self.base.path}: is {self.base.quantised}, and merged weights do not fit into "
+                "packed numbers; give the unquantised model as --base"
+            )
+        if self.base.tensors.derived:
+            parts = listing(sorted(self.base.tensors.derived), 2)
+            raise CheckpointError(
+                f"{self.base.path}: holds weights in parts or stacks ({parts}), which cannot be "
+                "written back; merge with the adapter's own library"
+            )
 
     def _pair(self) -> dict[str, str]:
         """Give the adapter's own name of every module of the base that it changes."""
@@ -232,7 +247,8 @@ class _Merging:
         """Give the base's files, and the tensors in each."""
         shards: dict[str, list[str]] = {}
         for name, entry in self.base.tensors.items():
-            shards.setdefault(entry.file.name, []).append(name)
+            known = entry.file.name.endswith((".safetensors", ".bin"))
+            shards.setdefault(entry.file.name if known else "model.bin", []).append(name)
         shards[max(shards)].extend(self._new)
         return shards
 
@@ -250,10 +266,6 @@ class _Merging:
             return ToWrite(name, tuple(head.shape), head.dtype, lambda: head)
         entry = self.base.tensors[name]
         dtype = self.base.tensors.read(name, rows=[slice(0, 1)]).dtype
-        if not dtype.is_floating_point and name in self._matrices:
-            raise CheckpointError(
-                f"{self.base.path}: {name} holds packed numbers; give the unquantised model as base"
-            )
         return ToWrite(name, entry.shape, dtype, lambda: self._values(name, dtype))
 
     def _values(self, name: str, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from wda.checkpoints import Checkpoint, FullCheckpoint
-from wda.errors import PairingError, SelectionError, listing
+from wda.errors import PairingError, SelectionError, blaming, listing
 from wda.naming import Matrix, find_matrices, is_matrix, may_be_wanted, select
 from wda.runs import Member
 
@@ -73,7 +73,8 @@ def pair(
     problems: list[str] = []
     for member, in_base in zip(members, names, strict=True):
         held = [matrix for matrix in selected if matrix.module in in_base]
-        problems.extend(_problems(member, in_base, base, selected))
+        with blaming(member.checkpoint.path):
+            problems.extend(_problems(member, in_base, base, selected))
         if not held and not member.checkpoint.holds_all():
             changed = {
                 m.label
@@ -111,7 +112,8 @@ def _refuse_folded(checkpoint: Checkpoint, base: FullCheckpoint) -> None:
 def _names_in_base(member: Member, base: FullCheckpoint) -> dict[str, str]:
     """Map the base's name of every module a checkpoint holds to the checkpoint's own."""
     try:
-        names = member.checkpoint.names_in(base)
+        with blaming(member.checkpoint.path):
+            names = member.checkpoint.names_in(base)
     except PairingError as error:
         raise PairingError(f"{member.checkpoint.path} and base {base.path}: {error}") from None
     return {of_base: own for own, of_base in names.items()}

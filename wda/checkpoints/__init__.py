@@ -23,7 +23,7 @@ from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
 from wda.checkpoints.torchtune import TorchtuneCheckpoint
 from wda.checkpoints.trained_on import TrainedOn
 from wda.checkpoints.vl_bart import VlBartCheckpoint
-from wda.errors import CheckpointError
+from wda.errors import CheckpointError, blaming
 from wda.places import Place
 from wda.remote import RemotePlace
 
@@ -77,7 +77,8 @@ def open_checkpoint(path: Place, given: Given = NOTHING_GIVEN) -> Checkpoint:
     """
     found = Found(path, given)
     for layout in LAYOUTS:
-        checkpoint = layout.open(found)
+        with blaming(path):
+            checkpoint = layout.open(found)
         if checkpoint is not None:
             return checkpoint
     if isinstance(path, RemotePlace) and not path.listable:

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -110,6 +110,11 @@ class Tensors(Mapping[str, Entry]):
         """Give the files that a tensor, or what it is told from, lies in."""
         sources = self._derived[name].sources if name in self._derived else (name,)
         return list(dict.fromkeys(self._where[source] for source in sources))
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """Names of those that are told from others."""
+        return frozenset(self._derived)
 
     def with_derived(self, derived: Mapping[str, Derived]) -> Tensors:
         """Give these with some told from others."""
@@ -288,7 +293,13 @@ def _open_sharded(index: Place) -> Tensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map in it; the index is damaged, copy it again")
-    shards = {shard: index.parent / shard for shard in sorted(set(weight_map.values()))}
+    names = sorted(set(map(str, weight_map.values())))
+    if outside := [name for name in names if name != PurePath(name).name]:
+        raise CheckpointError(
+            f"{index}: names shards that are no files beside it, and they are not read: "
+            f"{listing(outside, 4)}; a shard lies in the folder of its index"
+        )
+    shards = {name: index.parent / name for name in names}
     # Where nothing can be listed, asking for every shard would be to open it.
     if not isinstance(index, RemotePlace) or index.listable:
         missing = [shard for shard, place in shards.items() if not place.is_file()]

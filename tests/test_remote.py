@@ -785,6 +785,7 @@ def test_a_hub_repository_is_read_in_parts(
     assert set(hub.authorized) == {"Bearer hf_secret"}
     assert comparison.provenance["base"] == {
         "location": "hf://org/pico@v1",
+        "quantised": None,
         "files": [
             {
                 "file": WEIGHTS,

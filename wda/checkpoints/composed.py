@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry
-from wda.checkpoints.tensors import ALL, Derived, Tensors
+from wda.checkpoints.entry import Derived, Entry
+from wda.checkpoints.tensors import ALL, Tensors
 
 # How the names of a magnitude and of its direction end: of the function, and of what replaced it.
 _NORMED = (

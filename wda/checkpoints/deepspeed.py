@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry, WeightFile, entry_of, state_of
+from wda.checkpoints.entry import Derived, Entry, WeightFile, entry_of, state_of
 from wda.checkpoints.pickles import load_pickle
 from wda.checkpoints.state_dicts import without_wrappers
-from wda.checkpoints.tensors import Derived, Tensors
+from wda.checkpoints.tensors import Tensors
 from wda.errors import CheckpointError, listing
 
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry, WeightFile, some_of, state_of
+from wda.checkpoints.entry import Derived, Entry, WeightFile, some_of, state_of
 from wda.checkpoints.state_dicts import tensors_within, without_wrappers
-from wda.checkpoints.tensors import Derived, Tensors, damaged
+from wda.checkpoints.tensors import Tensors, damaged
 from wda.errors import CheckpointError, listing
 
 METADATA_FILE = ".metadata"

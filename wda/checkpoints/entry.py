@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,6 +35,22 @@ class Entry:
     read: Callable[[slice], Tensor]
     nbytes: int
     stored: str
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that no file holds as it is, but that is told from others: from packed parts, say.
+
+    Attributes
+    ----------
+    sources : tuple of str
+        Names of the stored tensors it is told from.
+    make : callable
+        Gives its entry, given theirs in this order.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[[Sequence[Entry]], Entry]
 
 
 @dataclass(frozen=True)

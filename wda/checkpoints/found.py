@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 from wda.checkpoints import gguf
@@ -14,6 +13,7 @@ from wda.checkpoints.quantised import dequantised
 from wda.checkpoints.tensors import Tensors, first_file, is_index, read_json
 from wda.places import Place
 from wda.remote import RemotePlace
+from wda.rows import Lazy
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -57,7 +57,7 @@ class Found:
     def __init__(self, path: Place, given: Given = NOTHING_GIVEN) -> None:
         self.path, self.given = path, given
 
-    @cached_property
+    @Lazy
     def is_folder(self) -> bool:
         """Whether it is a folder rather than one file."""
         return self.path.is_dir()
@@ -67,7 +67,7 @@ class Found:
         """The folder, or that of the file."""
         return self.path if self.is_folder else self.path.parent
 
-    @cached_property
+    @Lazy
     def file(self) -> Place | None:
         """The file with its weights, or with the index of their shards."""
         if not self.is_folder:
@@ -79,7 +79,7 @@ class Found:
         """Give the first of these files that the folder has."""
         return first_file(self.folder, *names)
 
-    @cached_property
+    @Lazy
     def config(self) -> Mapping[str, Any]:
         """The ``adapter_config.json`` beside the weights; empty where there is none."""
         return self.json(CONFIG_FILE)
@@ -95,7 +95,7 @@ class Found:
         other.__dict__.update(self.__dict__, config=config)
         return other
 
-    @cached_property
+    @Lazy
     def tensors(self) -> Tensors:
         """Its tensors by name; none where no weight file is found."""
         return self._read[0]
@@ -105,7 +105,7 @@ class Found:
         """How its weights are packed: ``nf4``, ``awq``, …; None where they are what they seem."""
         return self._read[1]
 
-    @cached_property
+    @Lazy
     def _read(self) -> tuple[Tensors, str | None]:
         if self.file is None:
             return Tensors({}, self.path), None

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry
+from wda.checkpoints.entry import Derived, Entry
 from wda.checkpoints.forms import Form, Stored, Wanted
-from wda.checkpoints.tensors import Derived, Tensors
+from wda.checkpoints.tensors import Tensors
 from wda.naming import pick
 from wda.updates import LowRank, Update
 

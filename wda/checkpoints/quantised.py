@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry
-from wda.checkpoints.tensors import ALL, Derived, Tensors
+from wda.checkpoints.entry import Derived, Entry
+from wda.checkpoints.tensors import ALL, Tensors
 from wda.errors import CheckpointError
 from wda.places import Place
 

@@ -12,7 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wda.checkpoints.entry import Entry, WeightFile, entry_of, some_of, state_of
+from wda.checkpoints.entry import Derived, Entry, WeightFile, entry_of, some_of, state_of
 from wda.checkpoints.pickles import load_pickle
 from wda.checkpoints.remote_safetensors import nbytes_of, open_remote_safetensors
 from wda.checkpoints.state_dicts import tensors_within, without_wrappers
@@ -35,22 +35,6 @@ from wda.remote import RemotePlace, at_once
 _MOST_KEPT = 2
 
 ALL = slice(None)
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A tensor that no file holds as it is, but that is told from others: from packed parts, say.
-
-    Attributes
-    ----------
-    sources : tuple of str
-        Names of the stored tensors it is told from.
-    make : callable
-        Gives its entry, given theirs in this order.
-    """
-
-    sources: tuple[str, ...]
-    make: Callable[[Sequence[Entry]], Entry]
 
 
 class Tensors(Mapping[str, Entry]):

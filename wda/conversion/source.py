@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from wda.conversion.change import Change, Weight, truncated
 from wda.errors import ConversionError
 from wda.locations import locate, of_model_reference
 from wda.naming import Matrix, find_matrices
+from wda.rows import Lazy
 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
@@ -37,7 +37,7 @@ class Source:
         self.adapter, self.given_base = adapter, base
         self._why = ""
 
-    @cached_property
+    @Lazy
     def config(self) -> Mapping[str, Any]:
         """Its ``adapter_config.json``; empty where there is none."""
         return Found(self.adapter.path).config
@@ -58,7 +58,7 @@ class Source:
         self._why = why
         return self._base
 
-    @cached_property
+    @Lazy
     def _base(self) -> FullCheckpoint:
         if self.given_base is not None:
             return open_base(locate(self.given_base))
@@ -88,7 +88,7 @@ class Source:
         found = (self._matrices.get(name) for name in self.in_base.values())
         return any(matrix.stored_transposed for matrix in found if matrix)
 
-    @cached_property
+    @Lazy
     def in_base(self) -> Mapping[str, str]:
         """The base's name of every module, by the adapter's own."""
         return self.adapter.names_in(self._base)
@@ -108,7 +108,7 @@ class Source:
         of_base = self.in_base[module]
         return module if module.endswith(of_base) or of_base.endswith(module) else of_base
 
-    @cached_property
+    @Lazy
     def _matrices(self) -> Mapping[str, Matrix]:
         own = {of_base: module for module, of_base in self.in_base.items()}
 

@@ -12,9 +12,11 @@ from torch import nn
 from wda.adapters.config import AdapterConfig
 from wda.adapters.lora import LoRALinear
 from wda.checkpoints.factors import PREFIX
-from wda.checkpoints.found import ADAPTER_FILES, CONFIG_FILE
+from wda.checkpoints.found import CONFIG_FILE
 from wda.errors import CheckpointError, listing
 from wda.files import staged_folder
+
+_FILE = "adapter_model.safetensors"
 
 # Parameter of our modules → what PEFT calls it on disk.
 _PEFT_NAMES = {
@@ -67,7 +69,7 @@ def save_adapter(
     }
     tensors = {name: p.detach().cpu().contiguous() for name, p in _named(model, trained_whole)}
     with staged_folder(folder) as scratch:
-        save_file(tensors, scratch / ADAPTER_FILES[0], metadata={"format": "pt"})
+        save_file(tensors, scratch / _FILE, metadata={"format": "pt"})
         (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,7 +81,7 @@ def load_adapter(model: nn.Module, folder: Path, trained_whole: tuple[str, ...] 
     CheckpointError
         When folder and model do not hold the same tensors.
     """
-    stored = load_file(folder / ADAPTER_FILES[0])
+    stored = load_file(folder / _FILE)
     wanted = dict(_named(model, trained_whole))
     if set(stored) != set(wanted):
         raise CheckpointError(

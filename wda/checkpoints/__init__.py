@@ -10,7 +10,7 @@ from wda.checkpoints.diffusion import (
     PipelineCheckpoint,
 )
 from wda.checkpoints.forms import Form
-from wda.checkpoints.found import ADAPTER_FILES, WEIGHT_FILES, Found
+from wda.checkpoints.found import WEIGHT_FILES, Found
 from wda.checkpoints.fsdp_qlora import FsdpQloraCheckpoint
 from wda.checkpoints.full import FullCheckpoint
 from wda.checkpoints.given import NOTHING_GIVEN, Given
@@ -90,7 +90,7 @@ def open_checkpoint(path: Place, given: Given = NOTHING_GIVEN) -> Checkpoint:
     held = sorted(item.name for item in path.iterdir())[:6] if path.is_dir() else ["a file"]
     raise CheckpointError(
         f"{path}: no checkpoint here; expected checkpoint-<step> folders, "
-        f"{', '.join(WEIGHT_FILES)}, or adapter_config.json with {ADAPTER_FILES[0]}; "
+        f"{', '.join(WEIGHT_FILES)}, or adapter_config.json with adapter_model.safetensors; "
         f"found {', '.join(held) or 'an empty folder'}"
     )
 

@@ -103,9 +103,11 @@ def compare(
     """Measure how far checkpoints moved from their base in magnitude (ΔM) and direction (ΔD).
 
     A RUN_DIR holds checkpoint-STEP folders, as the Hugging Face Trainer writes them, or is itself
-    one checkpoint: a whole model (safetensors or .bin, sharded or not) or a PEFT LoRA or DoRA
-    adapter. It may be a location on the Hub, in a bucket or on a web server, as the base may be:
-    of remote safetensors only the headers and the chosen matrices are fetched.
+    one checkpoint: a whole model (safetensors, .bin, .pt, .ckpt, GGUF, distributed or quantised) or
+    an adapter (of PEFT, the paper's code, torchtune, LitGPT, MLX-LM, LyCORIS, diffusers, loralib
+    and others; docs/formats.md lists them). It may be a location on the Hub, in a bucket or on a
+    web server, as the base may be: of remote safetensors only the headers and the chosen matrices
+    are fetched.
 
     **Examples**
 

@@ -24,7 +24,10 @@ from test_fixtures import FIXTURES, manifest
 
 import wda
 from wda.checkpoints import open_checkpoint
+from wda.diagnosis import diagnose
 from wda.errors import WdaError
+from wda.inspection import inspect
+from wda.merging import merge
 
 JSON = (".json", ".yaml")
 ABSURD = [None, -1, 0, 1e308, 10**30, "", "x", [], {}, [[]], True, "../../etc/passwd", "\x00"]
@@ -89,7 +92,7 @@ DAMAGES: list[Callable[[bytes, random.Random], bytes]] = [
 
 def damaged(fixture: Path, folder: Path, dice: random.Random) -> None:
     """Damage one file of a copy of a fixture's checkpoint."""
-    original = next(path for path in fixture.iterdir() if path.stem == "checkpoint")
+    original = own(fixture)
     copy = folder / original.name
     for old in folder.glob("checkpoint*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -102,6 +105,51 @@ def damaged(fixture: Path, folder: Path, dice: random.Random) -> None:
     file = dice.choice(files)
     damage = absurd_field if file.suffix in JSON else dice.choice(DAMAGES)
     file.write_bytes(damage(file.read_bytes(), dice))
+
+
+def own(fixture: Path) -> Path:
+    return next(path for path in fixture.iterdir() if path.stem == "checkpoint")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["peft-0.13-dora", "lycoris-4.1", "torchtune-llama-dora", "gptq"])
+@pytest.mark.parametrize("command", ["inspect", "doctor", "merge"])
+def test_every_command_meets_damage_with_a_message(command: str, name: str, tmp_path: Path) -> None:
+    fixture = next(path for path in FIXTURES if path.name == name)
+    run: dict[str, Callable[[Path], object]] = {
+        "inspect": lambda path: inspect(str(path)),
+        "doctor": lambda path: diagnose(path, fixture / "base", progress=False),
+        "merge": lambda path: merge(path, tmp_path / "out", fixture / "base", progress=False),
+    }
+    for seed in range(12):
+        damaged(fixture, tmp_path, random.Random(f"{command} {name} {seed}"))
+        try:
+            run[command](own(tmp_path))
+        except WdaError:
+            pass
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error!r}") from error
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fixture", FIXTURES[::4], ids=lambda path: path.name)
+def test_damaged_bases_give_messages(fixture: Path, tmp_path: Path) -> None:
+    options = json.loads((fixture / "about.json").read_text()).get("options", {})
+    (tmp_path / own(fixture).name).symlink_to(own(fixture))
+    for seed in range(10):
+        dice = random.Random(f"base of {fixture.name} {seed}")
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        shutil.copytree(fixture / "base", tmp_path / "base")
+        files = sorted(path for path in (tmp_path / "base").rglob("*") if path.is_file())
+        file = dice.choice(files)
+        damage = absurd_field if file.suffix in JSON else dice.choice(DAMAGES)
+        file.write_bytes(damage(file.read_bytes(), dice))
+        try:
+            wda.compare(manifest(tmp_path, options, tmp_path), cache=False, progress=False)
+        except WdaError:
+            pass
+        except Exception as error:
+            raise AssertionError(f"seed {seed} of {fixture.name}: {error!r}") from error
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from wda.checkpoints import Adapter, FullCheckpoint, Given, open_base, open_checkpoint
 from wda.checkpoints.given import NOTHING_GIVEN
-from wda.errors import CheckpointError, LocationError, OutputError, PairingError, listing
+from wda.errors import (
+    CheckpointError,
+    LocationError,
+    OutputError,
+    PairingError,
+    blaming,
+    listing,
+)
 from wda.files import staged_folder
 from wda.locations import of_model_reference, resolve
 from wda.naming import Matrix, find_matrices, natural_order
@@ -286,8 +293,9 @@ class _Merging:
             blocks = list(row_blocks(matrix.shape, _BLOCK_ELEMENTS))
         written, before, update, lost = [], 0.0, 0.0, 0.0
         for rows in blocks:
-            w0 = self.base.weight(matrix.module, matrix, rows)
-            wt = merged(self.adapter.update(own, matrix, self.base, rows), w0)
+            with blaming(self.adapter.path):
+                w0 = self.base.weight(matrix.module, matrix, rows)
+                wt = merged(self.adapter.update(own, matrix, self.base, rows), w0)
             if not torch.isfinite(wt).all():
                 raise CheckpointError(
                     f"{self.adapter.path}: {own} merges to NaN or Inf; the training diverged or "

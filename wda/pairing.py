@@ -165,8 +165,9 @@ def _base_matrices(
             for member, in_base in zip(members, names, strict=True)
         )
 
-    shapes = base.tensors.shapes_of(f"{module}.weight" for module in modules)
-    return find_matrices(shapes, says_transposed, base.config)
+    with blaming(base.path):
+        shapes = base.tensors.shapes_of(f"{module}.weight" for module in modules)
+        return find_matrices(shapes, says_transposed, base.config)
 
 
 def _problems(

@@ -41,7 +41,7 @@ class LoralibCheckpoint(Adapter):
     @classmethod
     def open(cls, found: Found) -> Self | None:
         """Open a file with loralib's names."""
-        if not any(map(_ENDINGS["A"].search, found.tensors)):
+        if "peft_type" in found.config or not any(map(_ENDINGS["A"].search, found.tensors)):
             return None
         _refuse_others(found)
         alpha = found.given.alpha

@@ -8,8 +8,8 @@ from pathlib import Path
 from wda.checkpoints import Checkpoint, FullCheckpoint, Given, open_base
 from wda.checkpoints.given import NOTHING_GIVEN
 from wda.diagnosis.checks import CHECKS, Finding
-from wda.diagnosis.measures import measure
-from wda.errors import LocationError, WdaError, listing
+from wda.diagnosis.measures import Measures, measure
+from wda.errors import LocationError, WdaError, blaming, listing
 from wda.locations import locate, of_model_reference
 from wda.manifest import make_manifest
 from wda.pairing import pair
@@ -59,12 +59,15 @@ def diagnose(
         raise
     except WdaError as error:
         return [Finding("wrong", "can be read", "no", str(error))]
-    measured = []
+    measured: list[Measures] = []
     with progress_bar(progress) as bar:
         task = bar.add_task("looking", total=len(pairings), note="")
         for pairing in pairings:
-            for source in pairing.sources:
-                measured.append(measure(source.checkpoint, source.module, pairing.matrix, whole))
+            with blaming(checkpoint.path):
+                measured.extend(
+                    measure(checkpoint, source.module, pairing.matrix, whole)
+                    for source in pairing.sources
+                )
             bar.update(task, advance=1, note=str(pairing.matrix))
     findings = [Finding("ok", "can be read", f"{checkpoint.layout}, {len(measured)} matrices")]
     findings += _left_over(checkpoint, notes)

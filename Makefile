@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help env demo test test-all bench check format clean
+.PHONY: help env demo test test-all bench fixtures check format clean
 
 help:
 	@echo "make demo      train a small model three ways, compare, draw (about 10 minutes)"
 	@echo "make test      the test suite, without what is marked slow"
 	@echo "make test-all  the whole test suite"
 	@echo "make bench     measure against peers; writes docs/benchmarks.md"
+	@echo "make fixtures  make the test fixtures of other libraries anew (MAKERS=\"...\" for some)"
 	@echo "make check     lint, format and type checks"
 	@echo "make format    put the code into the house's format"
 
@@ -33,6 +34,9 @@ test-all: env
 
 bench: env
 	$(BIN)/python benchmarks/run.py
+
+fixtures:
+	$(PYTHON) tests/fixtures/make.py $(MAKERS)
 
 check: env
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 Each folder in ``fixtures`` has ``base``, ``checkpoint``, ``truth.safetensors`` (Wt under the names
 of the base) and ``about.json``; the script that made it lies in ``fixtures/makers``.
+``make fixtures`` runs these scripts, each in an environment with the libraries that it names.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wda
+from wda.checkpoints import Given
 from wda.errors import ConversionError, OutputError, WdaError
 
 # One name is the end of another, and none is square.
@@ -508,3 +510,150 @@ def test_command_line(tmp_path: Path, base: Path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[0] == ["approximated", "relative", "error"]
     assert {line[0] for line in lines[1:]} == {m for m in ALL if m != ALL[0]}
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# Rows of queries and keys in another order; projections that the base has apart; both fused.
+IN_PARTS = (
+    "torchtune-llama-dora",
+    "torchtune-qwen2-dora",
+    "torchtune-gemma-lora",
+    "litgpt-lora-hf",
+    "litgpt-lora",
+    "litgpt-interleaved-qkv",
+    "nemo-dora",
+    "nemo-lora",
+    "peft-0.2-enable-lora",
+)
+
+
+def fixture(name: str) -> tuple[Path, Path, Given]:
+    """Give a checkpoint that another library wrote, its base, and what it does not say itself."""
+    folder = FIXTURES / name
+    place = next(path for path in folder.iterdir() if path.stem == "checkpoint")
+    options = json.loads((folder / "about.json").read_text())["options"]
+    return place, folder / "base", Given(**options)
+
+
+def measured(place: Path, base: Path, given: Given) -> pd.DataFrame:
+    found = wda.compare(
+        place, base=base, matrices="re:.*", cache=False, progress=False, given=given
+    ).table
+    return found.set_index(["module", "matrix"]).sort_index()
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_parts_of_projections(name: str, to: str, tmp_path: Path) -> None:
+    place, base, given = fixture(name)
+    done = wda.convert(place, to, tmp_path / "b", base=base, given=given, progress=False)
+    assert (done.errors, done.notes) == ({}, ())
+    a, b = measured(place, base, given), measured(tmp_path / "b", base, Given())
+    assert list(a.index) == list(b.index)
+    for column in ("delta_m", "delta_d"):
+        assert b[column].tolist() == pytest.approx(a[column].tolist(), rel=1e-12, abs=1e-15)
+        assert (a[column] > 1e-6).any()
+
+
+@pytest.mark.parametrize("name", [n for n in IN_PARTS if n.startswith(("torch", "nemo"))])
+def test_parts_by_arithmetic_of_our_own(name: str, tmp_path: Path) -> None:
+    """What is written for PEFT makes the weights that the other library makes."""
+    place, base, given = fixture(name)
+    wda.convert(place, "peft", tmp_path / "b", base=base, given=given, progress=False)
+    tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert not config["rank_pattern"]
+    w0s = load_file(base / "model.safetensors")
+    for weight, wt in load_file(FIXTURES / name / "truth.safetensors").items():
+        path = f"base_model.model.{weight.removesuffix('.weight')}"
+        v = w0s[weight].double()
+        if f"{path}.lora_A.weight" in tensors:
+            a, b = (tensors.pop(f"{path}.lora_{kind}.weight").double() for kind in "AB")
+            v = v + config["lora_alpha"] / config["r"] * b @ a
+        if config["use_dora"] and f"{path}.lora_magnitude_vector" in tensors:
+            m = tensors.pop(f"{path}.lora_magnitude_vector").double()
+            v = m[:, None] * v / v.norm(dim=1, keepdim=True)
+        assert torch.linalg.norm(v - wt) <= 1e-6 * torch.linalg.norm(wt), weight
+    assert not tensors
+
+
+@pytest.mark.parametrize("name", [n for n in IN_PARTS if n.startswith("torchtune")])
+def test_torchtune_there_and_back(name: str, tmp_path: Path) -> None:
+    place, base, _ = fixture(name)
+    own = place / "adapter_model.pt" if (place / "adapter_model.pt").exists() else place
+    # Its order of rows is the config.json's beside it; no base is asked for.
+    wda.convert(place, "peft", tmp_path / "b", progress=False)
+    wda.convert(tmp_path / "b", "torchtune", tmp_path / "c", base=base, progress=False)
+    before = torch.load(own, weights_only=True)
+    after = torch.load(tmp_path / "c" / "adapter_model.pt", weights_only=True)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor, after[key]), key
+
+
+def test_parts_have_the_ranks_of_their_own_factors(tmp_path: Path) -> None:
+    """LitGPT's queries and values have factors of their own; fused, they lie block by block."""
+    place, apart, _ = fixture("litgpt-lora-hf")
+    wda.convert(place, "peft", tmp_path / "b", base=apart, progress=False)
+    tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert {len(t) for name, t in tensors.items() if "lora_A" in name} == {3}
+    assert not any("qkv" in name for name in tensors)
+    place, fused, _ = fixture("litgpt-lora")
+    wda.convert(place, "peft", tmp_path / "c", base=fused, progress=False)
+    tensors = load_file(tmp_path / "c" / "adapter_model.safetensors")
+    ranks = {len(t) for name, t in tensors.items() if "qkv.lora_A" in name}
+    assert ranks == {6}
+    assert not any("q_proj" in name for name in tensors)
+
+
+def test_parts_that_the_base_has_fused(tmp_path: Path) -> None:
+    """The parts are called as a Llama's are, and this base has three of them in one."""
+    place, base, _ = fixture("litgpt-lora-hf")
+    tensors = load_file(base / "model.safetensors")
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    paths = sorted({n.partition("q_proj")[0] for n in tensors if "q_proj" in n})
+    for path in paths:
+        thirds = [tensors.pop(f"{path}{part}_proj.weight") for part in "qkv"]
+        tensors[f"{path}qkv_proj.weight"] = torch.cat(thirds)
+    save_file(tensors, fused / "model.safetensors")
+    (fused / "config.json").write_text((base / "config.json").read_text())
+    with pytest.raises(ConversionError, match=r"fused has no .*\.q_proj; give a base .* modules"):
+        wda.convert(place, "peft", tmp_path / "b", base=fused, progress=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_torchtunes_own_export(tmp_path: Path) -> None:
+    """Its export in PEFT's layout, whose rows are mixed up, becomes what its own layout becomes."""
+    place, base, _ = fixture("torchtune-llama-dora")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.json"):
+        shutil.copy(place / name, exported)
+    for folder, out in ((place, "b"), (exported, "c")):
+        wda.convert(folder, "peft", tmp_path / out, base=base, progress=False)
+    own, repaired = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "bc")
+    assert own.keys() == repaired.keys()
+    assert all(torch.equal(tensor, repaired[name]) for name, tensor in own.items())
+    stored = load_file(exported / "adapter_model.safetensors")
+    mixed = [n for n in own if n in stored and not torch.equal(own[n], stored[n])]
+    assert mixed
+    assert all("magnitude" in name for name in mixed)
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_loralibs_merged_linear(to: str, tmp_path: Path) -> None:
+    place, base, given = fixture("loralib-gpt2")
+    content = torch.load(place, weights_only=True)
+    content["model_state_dict"] = {
+        name: t for name, t in content["model_state_dict"].items() if ".c_attn." in name
+    }
+    torch.save(content, tmp_path / "a.pt")
+    wda.convert(tmp_path / "a.pt", to, tmp_path / "b", base=base, given=given, progress=False)
+    a, b = measured(tmp_path / "a.pt", base, given), measured(tmp_path / "b", base, Given())
+    assert list(a.index) == list(b.index)
+    assert {label for _, label in a.index} == {"query", "key", "value"}
+    for column in ("delta_m", "delta_d"):
+        assert b[column].tolist() == pytest.approx(a[column].tolist(), rel=1e-12, abs=1e-15)
+        assert (a[column] > 1e-6).any()

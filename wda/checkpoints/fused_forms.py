@@ -80,7 +80,7 @@ class Share(Form):
         return self.whole.parts
 
     @property
-    def shape(self) -> tuple[int, int | None]:
+    def shape(self) -> tuple[int | None, int | None]:
         """(out_features, in_features)."""
         return sum(map(len, self.rows)), self.whole.shape[1]
 
@@ -98,6 +98,10 @@ class Share(Form):
     def told(self) -> tuple[object, ...]:
         """What the form it is of depends on, and which rows these are."""
         return *super().told, self.rows, *self.whole.told
+
+    def placed(self, wanted: Wanted) -> Share:  # noqa: ARG002
+        """Give the share with its rows, where the base has to tell them."""
+        return self
 
     def update(self, wanted: Wanted) -> Update:
         """Read the update of those rows of the other form."""
@@ -168,6 +172,18 @@ class BlockDiagonal(Form):
     def update(self, wanted: Wanted) -> LowRank:
         """Give W0 + s·B·A, with B's blocks where their parts lie and zeros elsewhere."""
         return LowRank(self.A.read(), pick(self._spread(), wanted.stored_rows), self.scaling)
+
+    def factors_of(self, rows: Sequence[slice]) -> tuple[Tensor, Tensor]:
+        """Give A and B of some output features, without the parts that change none of them."""
+        every = range(self.out_features)
+        wanted = {row for some in rows for row in every[some]}
+        columns = [
+            part * self.rank + column
+            for part, block in enumerate(self.blocks)
+            if any(not wanted.isdisjoint(piece) for piece in block)
+            for column in range(self.rank)
+        ]
+        return self.A.read()[columns], pick(self._spread(), rows)[:, columns]
 
     def _spread(self) -> Tensor:
         b, start = self.B.read(), 0

@@ -51,12 +51,12 @@ class _MegatronShare(Share):
     label: str = ""
 
     @property
-    def shape(self) -> tuple[None, int | None]:  # type: ignore[override]
+    def shape(self) -> tuple[None, int | None]:
         """(out_features, in_features), of which only the base knows the first."""
         return None, self.whole.shape[1]
 
-    def update(self, wanted: Wanted) -> Update:
-        """Read the update of the rows of this part."""
+    def placed(self, wanted: Wanted) -> Share:
+        """Give the share with the rows that the base's heads tell."""
         rows = self.whole.shape[0] or 0
         config = {**wanted.base.config, "model_type": "megatron"}
         places = parts(self.name, (rows, wanted.shape[1]), config)
@@ -67,7 +67,11 @@ class _MegatronShare(Share):
                 f"{wanted.matrix} by the heads in the base's config.json; give the base it was "
                 "trained on, with its config.json"
             )
-        return Share(self.whole, places[self.label]).update(wanted)
+        return Share(self.whole, places[self.label])
+
+    def update(self, wanted: Wanted) -> Update:
+        """Read the update of the rows of this part."""
+        return self.placed(wanted).update(wanted)
 
 
 class NemoCheckpoint(Adapter):

@@ -141,7 +141,7 @@ def _carried(
     source: Source, target: Target, approximate: int | None, bar: Progress
 ) -> tuple[dict[str, Change], list[Weight], list[str]]:
     """Give changes by the adapter's own names, weights, and which changes are approximated."""
-    modules = sorted(source.adapter.modules, key=natural_order)
+    modules = sorted(source.modules, key=natural_order)
     found = {module: source.carried(module) for module in modules}
     reasons = {}
     for module, one in found.items():

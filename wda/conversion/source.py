@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from wda.checkpoints import Adapter, Checkpoint, Form, FullCheckpoint, open_base
-from wda.checkpoints.forms import Decomposed, Factors, Nothing, Stored, Whole
+from wda.checkpoints import Adapter, Checkpoint, FullCheckpoint, open_base
+from wda.checkpoints.forms import Decomposed, Factors, Form, Nothing, Stored, Wanted, Whole
 from wda.checkpoints.found import Found
+from wda.checkpoints.fused_forms import BlockDiagonal, Share
 from wda.checkpoints.peft import PeftCheckpoint
 from wda.conversion.change import Change, Weight, truncated
 from wda.errors import ConversionError
 from wda.locations import locate, of_model_reference
-from wda.naming import Matrix, find_matrices
+from wda.naming import Matrix, find_matrices, pick
 from wda.rows import Lazy
 
+_PATHS = "knowing the paths of its modules"
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
 
@@ -100,13 +102,32 @@ class Source:
         was trained on a model with that name. Where the layout spells paths otherwise, it is the
         base's.
         """
-        paths = isinstance(self.adapter, PeftCheckpoint)
-        paths = paths or type(self.adapter).names_in is Checkpoint.names_in
-        if self.given_base is None and paths:
+        if self.given_base is None and self._has_paths:
             return module
-        self.base("knowing the paths of its modules")
-        of_base = self.in_base[module]
+        base, of_base = self.base(_PATHS), self.in_base[module]
+        if of_base not in base.modules and not isinstance(self.adapter.forms[module], Whole):
+            raise ConversionError(
+                f"{module}: {base.path} has no {of_base}; give a base that has the same modules, "
+                "neither fused into one nor apart where the adapter's are not"
+            )
         return module if module.endswith(of_base) or of_base.endswith(module) else of_base
+
+    @property
+    def modules(self) -> Set[str]:
+        """The modules that are written, by the adapter's own names.
+
+        Of a fused projection they are its parts where the base has them apart.
+        """
+        if self._has_paths:
+            return self.adapter.modules
+        self.base(_PATHS)
+        return self.in_base.keys()
+
+    @property
+    def _has_paths(self) -> bool:
+        """Whether the adapter spells paths as models in memory do."""
+        paths = isinstance(self.adapter, PeftCheckpoint)
+        return paths or type(self.adapter).names_in is Checkpoint.names_in
 
     @Lazy
     def _matrices(self) -> Mapping[str, Matrix]:
@@ -157,16 +178,20 @@ class Source:
         form = self.adapter.forms[module]
         if type(form) is Whole:
             return self._weight(module, form)
+        rows = [slice(None)]
+        if isinstance(form, Share):
+            share = self._placed(module, form)
+            form, rows = share.whole, [slice(r.start, r.stop, r.step) for r in share.rows]
         magnitude, direction = None, form
         if type(form) is Decomposed:
             if form.axis == "input":
                 return "it has a magnitude per input feature"
-            magnitude, direction = form.magnitude.read().flatten(), form.direction
-        if type(direction) not in (Factors, Nothing):
+            magnitude, direction = pick(form.magnitude.read().flatten(), rows), form.direction
+        if type(direction) not in (Factors, BlockDiagonal, Nothing):
             return f"it is stored as {direction.words}"
         if self.is_embedding(module):
             return "it is an embedding"
-        return self._change(module, direction, magnitude)
+        return self._change(module, direction, rows, magnitude)
 
     def is_embedding(self, module: str) -> bool:
         """Tell by its name whether a module looks rows up, for which layouts have other keys."""
@@ -178,13 +203,23 @@ class Source:
         delta, kernel = self.delta(module, self.w0(module, why)), self.kernel(module, why)
         return truncated(self.name(module), delta, rank, scaling, kernel)
 
-    def _change(self, module: str, direction: Form, magnitude: Tensor | None) -> Change:
+    def _placed(self, module: str, share: Share) -> Share:
+        """Give a share of a fused projection with its rows, which only the base may tell."""
+        if share.shape[0] is not None:
+            return share
+        why = "knowing which rows of a fused projection it is"
+        return share.placed(Wanted(self.matrix(module, why), self.base(why)))
+
+    def _change(
+        self, module: str, direction: Form, rows: Sequence[slice], magnitude: Tensor | None
+    ) -> Change:
         if isinstance(direction, Factors):
-            a, b = direction.A, direction.B
-            kernel = _kernel_of(a)
-            return Change(
-                self.name(module), a.read(), b.read(), direction.scaling, magnitude, kernel
-            )
+            a, b = direction.A.read(), direction.B.read(rows)
+            kernel = _kernel_of(direction.A)
+            return Change(self.name(module), a, b, direction.scaling, magnitude, kernel)
+        if isinstance(direction, BlockDiagonal):
+            a, b = direction.factors_of(rows)
+            return Change(self.name(module), a, b, direction.scaling, magnitude)
         assert magnitude is not None
         # Nothing is multiplied with; only the base knows how many input features it has.
         none = magnitude.new_empty

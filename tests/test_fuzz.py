@@ -185,6 +185,18 @@ def test_no_shard_lies_outside_the_folder(tmp_path: Path) -> None:
             open_checkpoint(folder)
 
 
+def test_no_shard_of_a_distributed_checkpoint_lies_outside_either(tmp_path: Path) -> None:
+    fixture = next(path for path in FIXTURES if path.name == "dcp")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(own(fixture), folder)
+    described = (folder / ".metadata").read_bytes()
+    outside = "../0_0.distc"
+    shutil.copy(folder / "__0_0.distcp", tmp_path / "0_0.distc")
+    (folder / ".metadata").write_bytes(described.replace(b"__0_0.distcp", outside.encode()))
+    with pytest.raises(WdaError, match=r"names \.\./0_0\.distc, which is no file beside it"):
+        open_checkpoint(folder)
+
+
 class Runs:
     """What it is unpickled as writes a file."""
 

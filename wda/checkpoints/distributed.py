@@ -110,7 +110,12 @@ class _Shard:
     """A part of a tensor: the file it lies in and where, and where in the tensor it belongs."""
 
     def __init__(self, name: str, place: _Record, chunk: _Record, dtype: torch.dtype, path: Path):
-        self.file = path.parent / place.relative_path
+        if (named := str(place.relative_path)) != PurePosixPath(named).name:
+            raise CheckpointError(
+                f"{path}: names {named}, which is no file beside it and is not read; the shards "
+                "of a distributed checkpoint lie in its folder"
+            )
+        self.file = path.parent / named
         self.start, self.length = int(place.offset), int(place.length)
         self.corner, self.shape = tuple(chunk.offsets), tuple(chunk.sizes)
         self.dtype, self.name = dtype, f"{name} from {self.corner}"

@@ -371,7 +371,7 @@ def test_magnitudes_per_input_are_no_factors(tmp_path: Path, base: Path) -> None
     adapter(tmp_path / "a", {ALL[0]: 3}, {ALL[0]: 7}, True)
     found = open_checkpoint(tmp_path / "a")
     form = found.forms[ALL[0]]
-    found.forms[ALL[0]] = Decomposed(form.direction, form.magnitude, "input")
+    found.forms[ALL[0]] = Decomposed(form.inner, form.magnitude, "input")
     assert Source(found, base).carried(ALL[0]) == "it has a magnitude per input feature"
 
 
@@ -555,7 +555,9 @@ def test_parts_of_projections(name: str, to: str, tmp_path: Path) -> None:
         assert (a[column] > 1e-6).any()
 
 
-@pytest.mark.parametrize("name", [n for n in IN_PARTS if n.startswith(("torch", "nemo"))])
+@pytest.mark.parametrize(
+    "name", [n for n in IN_PARTS if n.startswith(("torch", "nemo", "litgpt-lora-hf"))]
+)
 def test_parts_by_arithmetic_of_our_own(name: str, tmp_path: Path) -> None:
     """What is written for PEFT makes the weights that the other library makes."""
     place, base, given = fixture(name)

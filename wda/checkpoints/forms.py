@@ -182,10 +182,9 @@ class Whole(Form):
 
 @dataclass(frozen=True)
 class Difference(Form):
-    """Wt − W0 as a stored matrix, times a factor."""
+    """Wt − W0 as a stored matrix."""
 
     delta: Stored
-    scaling: float = 1.0
 
     words: ClassVar[str] = "a difference"
 
@@ -199,17 +198,12 @@ class Difference(Form):
         """(out_features, in_features)."""
         return self.delta.shape
 
-    @property
-    def scale(self) -> float:
-        """The factor in front."""
-        return self.scaling
-
     def update(self, wanted: Wanted) -> Computed:
-        """Give W0 + s·Δ."""
+        """Give W0 + Δ."""
         delta = self.delta.read(wanted.stored_rows)
 
         def form(_w0: Tensor, some: Some) -> Tensor:
-            return self.scaling * delta[some].double()
+            return delta[some].double()
 
         return Computed(wanted.shape, delta.dtype, form)
 
@@ -297,12 +291,64 @@ class Nothing(Form):
 
 
 @dataclass(frozen=True)
-class Decomposed(Form):
+class Around(Form):
+    """A form that makes something more of another one.
+
+    Attributes
+    ----------
+    inner : Form
+        The other.
+    """
+
+    inner: Form
+
+    @property
+    def words(self) -> str:  # type: ignore[override]
+        """What Wt is made of."""
+        return self.inner.words
+
+    @property
+    def needs_whole(self) -> bool:  # type: ignore[override]
+        """Whether the inner form needs the whole of W0."""
+        return self.inner.needs_whole
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """The inner form's tensors."""
+        return self.inner.parts
+
+    @property
+    def shape(self) -> tuple[int | None, int | None]:
+        """(out_features, in_features)."""
+        return self.inner.shape
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the inner form's factors."""
+        return self.inner.rank
+
+    @property
+    def scale(self) -> float | None:
+        """The inner form's factor s."""
+        return self.inner.scale
+
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What the inner form depends on."""
+        return *super().told, *self.inner.told
+
+    def held_bytes(self, vectors: int, features: int) -> int:
+        """Give the memory of the inner form's update."""
+        return self.inner.held_bytes(vectors, features)
+
+
+@dataclass(frozen=True)
+class Decomposed(Around):
     """m ⊙ V/‖V‖, where another form gives V from W0: DoRA.
 
     Attributes
     ----------
-    direction : Form
+    inner : Form
         What gives V.
     magnitude : Stored
         m, one number per output feature, or per input feature or input channel.
@@ -310,7 +356,6 @@ class Decomposed(Form):
         Which of the two.
     """
 
-    direction: Form
     magnitude: Stored
     axis: Axis = "output"
 
@@ -318,52 +363,33 @@ class Decomposed(Form):
     def words(self) -> str:  # type: ignore[override]
         """What Wt is made of."""
         across = "" if self.axis == "output" else " per input"
-        if isinstance(self.direction, Nothing):
+        if isinstance(self.inner, Nothing):
             return f"magnitude{across} alone"
-        return f"{self.direction.words} and magnitude{across}"
+        return f"{self.inner.words} and magnitude{across}"
 
     @property
     def needs_whole(self) -> bool:  # type: ignore[override]
         """Whether the lengths it divides by go over all rows."""
-        return self.axis == "input" or self.direction.needs_whole
+        return self.axis == "input" or self.inner.needs_whole
 
     @property
     def parts(self) -> tuple[Stored, ...]:
-        """The direction's tensors, and the magnitude."""
-        return *self.direction.parts, self.magnitude
-
-    @property
-    def shape(self) -> tuple[int | None, int | None]:
-        """(out_features, in_features)."""
-        return self.direction.shape
-
-    @property
-    def rank(self) -> int | None:
-        """Rank of the direction's factors."""
-        return self.direction.rank
-
-    @property
-    def scale(self) -> float | None:
-        """The direction's factor s."""
-        return self.direction.scale
+        """The inner form's tensors, and the magnitude."""
+        return *super().parts, self.magnitude
 
     @property
     def told(self) -> tuple[object, ...]:
-        """What the direction depends on, and the axis."""
-        return *super().told, self.axis, *self.direction.told
+        """What the inner form depends on, and the axis."""
+        return *super().told, self.axis
 
     def update(self, wanted: Wanted) -> Update:
         """Give the direction's update, scaled to the magnitudes."""
-        direction = self.direction.update(wanted)
+        direction = self.inner.update(wanted)
         if self.axis == "output":
             magnitude = pick(self.magnitude.read().flatten(), wanted.stored_rows)
             return WeightDecomposed(direction, magnitude)
         whole = Wanted(wanted.matrix.whole, wanted.base)
         scale = column_scale(
-            self.direction.update(whole), self.magnitude.read().flatten(), wanted.whole_w0()
+            self.inner.update(whole), self.magnitude.read().flatten(), wanted.whole_w0()
         )
         return column_scaled(direction, scale)
-
-    def held_bytes(self, vectors: int, features: int) -> int:
-        """Give the memory of the direction's update."""
-        return self.direction.held_bytes(vectors, features)

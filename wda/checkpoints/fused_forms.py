@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wda.checkpoints.entry import Derived, Entry
-from wda.checkpoints.forms import Form, Stored, Wanted
+from wda.checkpoints.forms import Around, Form, Stored, Wanted
 from wda.checkpoints.tensors import Tensors
 from wda.naming import pick
 from wda.updates import LowRank, Update
@@ -50,54 +50,28 @@ class Reordered(Stored):
 
 
 @dataclass(frozen=True)
-class Share(Form):
+class Share(Around):
     """Some of the output features of another form, in an order of their own.
 
     Attributes
     ----------
-    whole : Form
+    inner : Form
         The form that holds all of them.
     rows : tuple of range
         Which of its output features these are.
     """
 
-    whole: Form
     rows: Rows
-
-    @property
-    def words(self) -> str:  # type: ignore[override]
-        """What Wt is made of."""
-        return self.whole.words
-
-    @property
-    def needs_whole(self) -> bool:  # type: ignore[override]
-        """Whether the form it is of needs the whole of W0."""
-        return self.whole.needs_whole
-
-    @property
-    def parts(self) -> tuple[Stored, ...]:
-        """The tensors of the form it is of."""
-        return self.whole.parts
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
         """(out_features, in_features)."""
-        return sum(map(len, self.rows)), self.whole.shape[1]
-
-    @property
-    def rank(self) -> int | None:
-        """Rank of the factors."""
-        return self.whole.rank
-
-    @property
-    def scale(self) -> float | None:
-        """The factor s in front."""
-        return self.whole.scale
+        return sum(map(len, self.rows)), self.inner.shape[1]
 
     @property
     def told(self) -> tuple[object, ...]:
         """What the form it is of depends on, and which rows these are."""
-        return *super().told, self.rows, *self.whole.told
+        return *super().told, self.rows
 
     def placed(self, wanted: Wanted) -> Share:  # noqa: ARG002
         """Give the share with its rows, where the base has to tell them."""
@@ -105,19 +79,15 @@ class Share(Form):
 
     def update(self, wanted: Wanted) -> Update:
         """Read the update of those rows of the other form."""
-        inner = replace(
+        whole = replace(
             wanted.matrix,
             stored_transposed=False,
-            stored_shape=(self.whole.shape[0] or 0, wanted.matrix.stored_shape[1]),
+            stored_shape=(self.inner.shape[0] or 0, wanted.matrix.stored_shape[1]),
             part=self.rows,
         )
-        pieces = [piece for some in wanted.stored_rows for piece in inner.rows_of_stored(some)]
+        pieces = [piece for some in wanted.stored_rows for piece in whole.rows_of_stored(some)]
         part = tuple(range(piece.start, piece.stop, piece.step or 1) for piece in pieces)
-        return self.whole.update(Wanted(replace(inner, part=part), wanted.base))
-
-    def held_bytes(self, vectors: int, features: int) -> int:
-        """Give the memory of the other form's update of so many rows."""
-        return self.whole.held_bytes(vectors, features)
+        return self.inner.update(Wanted(replace(whole, part=part), wanted.base))
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,20 @@ either. A model that is saved in eval mode has its factors merged into the weigh
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Self
+
+import torch
 
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import Names, sort_names
-from wda.checkpoints.forms import Factors, Form
+from wda.checkpoints.forms import Around, Factors, Form, Stored, Wanted
 from wda.checkpoints.found import Found
 from wda.checkpoints.fused_forms import BlockDiagonal, behind
 from wda.checkpoints.given import Given
-from wda.checkpoints.starts import PerhapsMerged
 from wda.errors import CheckpointError, listing
 from wda.fused import ATTENTION, NAMES
+from wda.updates import Update, merged
 
 _ENDINGS = {
     "A": re.compile(r"\.lora_A$"),
@@ -29,6 +31,58 @@ _ENDINGS = {
 }
 _BY_HAND = re.compile(r"\.(m|magnitude|dora_m)$")
 _EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e$")
+
+
+@dataclass(frozen=True)
+class PerhapsMerged(Around):
+    """A change beside a weight that is W0, or has the change merged into it already.
+
+    Attributes
+    ----------
+    inner : Form
+        The change.
+    weight : Stored
+        The weight beside it.
+    """
+
+    weight: Stored
+
+    @property
+    def words(self) -> str:  # type: ignore[override]
+        """What Wt is made of."""
+        return f"{self.inner.words}, merged into the weight or not"
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """The tensors of the change, and the weight."""
+        return *super().parts, self.weight
+
+    def update(self, wanted: Wanted) -> Update:
+        """Give the change of W0, once the weight is known to be W0 with or without it.
+
+        Raises
+        ------
+        CheckpointError
+            When it is neither.
+        """
+        change, name = self.inner.update(wanted), self.weight.name
+        held = self.weight.tensors.read_matrix(name, wanted.matrix, wanted.rows)
+        w0 = wanted.base.weight(wanted.matrix.module, wanted.matrix, wanted.rows)
+        wt = merged(change, w0)
+        coarsest = max(torch.finfo(t.dtype).eps for t in (held, w0, *change.factors))
+        allowed = 4 * coarsest * (w0.double().norm() + wt.norm())
+        to_w0, to_wt = (float((held.double() - of).norm()) for of in (w0.double(), wt))
+        if min(to_w0, to_wt) > allowed:
+            raise CheckpointError(
+                f"{self.weight.tensors.files[0]}: {name} is neither the base's nor has the factors "
+                f"beside it merged in (s = {self.scale:g}); give the base it was trained on, and "
+                "its own --alpha"
+            )
+        return change
+
+    def held_bytes(self, vectors: int, features: int) -> int:
+        """Give the memory of the change and of the weight, in float64."""
+        return super().held_bytes(vectors, features) + 8 * vectors * features
 
 
 class LoralibCheckpoint(Adapter):

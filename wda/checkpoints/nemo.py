@@ -53,11 +53,11 @@ class _MegatronShare(Share):
     @property
     def shape(self) -> tuple[None, int | None]:
         """(out_features, in_features), of which only the base knows the first."""
-        return None, self.whole.shape[1]
+        return None, self.inner.shape[1]
 
     def placed(self, wanted: Wanted) -> Share:
         """Give the share with the rows that the base's heads tell."""
-        rows = self.whole.shape[0] or 0
+        rows = self.inner.shape[0] or 0
         config = {**wanted.base.config, "model_type": "megatron"}
         places = parts(self.name, (rows, wanted.shape[1]), config)
         held = sum(map(len, places.get(self.label, ())))
@@ -67,7 +67,7 @@ class _MegatronShare(Share):
                 f"{wanted.matrix} by the heads in the base's config.json; give the base it was "
                 "trained on, with its config.json"
             )
-        return Share(self.whole, places[self.label])
+        return Share(self.inner, places[self.label])
 
     def update(self, wanted: Wanted) -> Update:
         """Read the update of the rows of this part."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from wda.checkpoints.forms import Decomposed, Factors, Form, Stored, Wanted
+from wda.checkpoints.forms import Around, Decomposed, Factors, Form, Stored, Wanted
 from wda.naming import Matrix, pick
 from wda.updates import Computed, Some
 
@@ -160,58 +160,42 @@ def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:  
 
 
 @dataclass(frozen=True)
-class Rebased(Form):
+class Rebased(Around):
     """What another form makes of a start that is not W0.
 
     Attributes
     ----------
-    direction : Form
+    inner : Form
         What the training changed.
     start : Start
         What it started from.
     """
 
-    direction: Form
     start: Start
 
     @property
     def words(self) -> str:  # type: ignore[override]
         """What Wt is made of."""
-        return f"{self.direction.words} on a changed base"
+        return f"{self.inner.words} on a changed base"
 
     @property
     def needs_whole(self) -> bool:  # type: ignore[override]
         """Whether the start is computed from all of W0."""
-        return self.start.needs_whole or self.direction.needs_whole
+        return self.start.needs_whole or super().needs_whole
 
     @property
     def parts(self) -> tuple[Stored, ...]:
-        """The direction's tensors, and the start's."""
-        return *self.direction.parts, *self.start.parts
-
-    @property
-    def shape(self) -> tuple[int | None, int | None]:
-        """(out_features, in_features)."""
-        return self.direction.shape
-
-    @property
-    def rank(self) -> int | None:
-        """Rank of the direction's factors."""
-        return self.direction.rank
-
-    @property
-    def scale(self) -> float | None:
-        """The direction's factor s."""
-        return self.direction.scale
+        """The tensors of the change, and the start's."""
+        return *super().parts, *self.start.parts
 
     @property
     def told(self) -> tuple[object, ...]:
-        """What direction and start depend on."""
-        return *super().told, *self.direction.told, *self.start.told
+        """What the change and the start depend on."""
+        return *super().told, *self.start.told
 
     def update(self, wanted: Wanted) -> Computed:
-        """Give the direction's update of the start."""
-        direction, start = self.direction.update(wanted), self.start.read(wanted)
+        """Give the update of the start."""
+        direction, start = self.inner.update(wanted), self.start.read(wanted)
 
         def form(w0: Tensor, some: Some) -> Tensor:
             rows = start[some].double()
@@ -219,11 +203,15 @@ class Rebased(Form):
 
         return Computed(wanted.shape, direction.dtype, form)
 
+    def held_bytes(self, vectors: int, features: int) -> int:
+        """Give the memory of the change, and of the start in float64."""
+        return super().held_bytes(vectors, features) + 8 * vectors * features
+
 
 def started_from(start: Start, form: Form) -> Form:
     """Give the form of the same change to a start that is not W0."""
     if isinstance(form, Decomposed):
-        return replace(form, direction=started_from(start, form.direction))
+        return replace(form, inner=started_from(start, form.inner))
     return Rebased(form, start)
 
 

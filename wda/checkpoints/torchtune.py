@@ -120,7 +120,7 @@ def _in_order(form: Form, order: Callable[[int], tuple[bool, Rows]]) -> Form:
 def _repaired(form: Form, order: Callable[[int], tuple[bool, Rows]]) -> Form:
     """Undo what the export does to the magnitudes of some models, and to B of the others."""
     interleaved, halves = order(form.shape[0] or 0)
-    factors = form.direction if isinstance(form, Decomposed) else form
+    factors = form.inner if isinstance(form, Decomposed) else form
     assert isinstance(factors, Factors)
     if not interleaved:
         size = 2 * len(halves[0])

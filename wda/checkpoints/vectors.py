@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from wda.checkpoints.forms import Form, Stored, Wanted
+from wda.checkpoints.forms import Factors, Form, Stored, Wanted
 from wda.naming import align, pick
 from wda.updates import LowRank
 
@@ -20,21 +20,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SingularFactors(Form):
+class SingularFactors(Factors):
     """W0 + s·B·diag(E)·A: AdaLoRA.
 
     Attributes
     ----------
-    A, B, E : Stored
-        The factors, (rank, in) and (out, rank), and what stands between them, (rank, 1).
-    scaling : float
-        The factor s.
+    E : Stored
+        What stands between the factors, (rank, 1).
     """
 
-    A: Stored
-    B: Stored
     E: Stored
-    scaling: float
 
     words: ClassVar[str] = "factors and singular values"
 
@@ -43,29 +38,10 @@ class SingularFactors(Form):
         """The three."""
         return self.A, self.B, self.E
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.B.shape[0], self.A.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors, as far as they were not pruned."""
-        return self.A.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """The factor s."""
-        return self.scaling
-
     def update(self, wanted: Wanted) -> LowRank:
         """Give the update of the wanted rows."""
         a = self.E.read().double() * self.A.read().double()
         return LowRank(a, self.B.read(wanted.stored_rows), self.scaling)
-
-    def held_bytes(self, vectors: int, features: int) -> int:
-        """Give the memory of the factors, which are widened to float64."""
-        return 8 * self.rank * (features + vectors)
 
 
 class Projections(ABC):

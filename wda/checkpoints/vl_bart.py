@@ -12,7 +12,7 @@ from typing import Self
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import sort_names
 from wda.checkpoints.found import Found
-from wda.checkpoints.starts import OnOwnStart
+from wda.checkpoints.rebased import StoredStart, started_from
 from wda.errors import CheckpointError, listing
 
 _START = re.compile(r"\.weight_v$")
@@ -48,5 +48,5 @@ class VlBartCheckpoint(Adapter):
                 "whole model again"
             )
         for module in names["A"]:
-            forms[module] = OnOwnStart(forms[module], names.stored("start", module))
+            forms[module] = started_from(StoredStart(names.stored("start", module)), forms[module])
         return cls(found, found.tensors, forms, "dora", names.unread)

@@ -181,12 +181,12 @@ class Source:
         rows = [slice(None)]
         if isinstance(form, Share):
             share = self._placed(module, form)
-            form, rows = share.whole, [slice(r.start, r.stop, r.step) for r in share.rows]
+            form, rows = share.inner, [slice(r.start, r.stop, r.step) for r in share.rows]
         magnitude, direction = None, form
         if type(form) is Decomposed:
             if form.axis == "input":
                 return "it has a magnitude per input feature"
-            magnitude, direction = pick(form.magnitude.read().flatten(), rows), form.direction
+            magnitude, direction = pick(form.magnitude.read().flatten(), rows), form.inner
         if type(direction) not in (Factors, BlockDiagonal, Nothing):
             return f"it is stored as {direction.words}"
         if self.is_embedding(module):

@@ -115,7 +115,7 @@ def forms(
     for module in names["core"]:
         a, b = (_stored(names, kind, module) for kind in "AB")
         core = names.stored("core", module)
-        others[module] = CoredFactors(a, b, core, scaling(module, a.shape[0]))
+        others[module] = CoredFactors(a, b, scaling(module, a.shape[0]), core)
     for module in names["hada_w1_a"]:
         left = _product(names, module, "hada_w1_a", "hada_w1_b", "hada_t1")
         right = _product(names, module, "hada_w2_a", "hada_w2_b", "hada_t2")

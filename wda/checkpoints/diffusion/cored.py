@@ -7,28 +7,21 @@ from typing import ClassVar
 
 import torch
 
-from wda.checkpoints.forms import Form, Stored, Wanted
+from wda.checkpoints.forms import Factors, Stored, Wanted
 from wda.updates import LowRank
 
 
 @dataclass(frozen=True)
-class CoredFactors(Form):
+class CoredFactors(Factors):
     """W0 + s·B·(core × A), where the core has a kernel for each pair of ranks.
 
     Attributes
     ----------
-    A, B : Stored
-        The factors, seen as (rank, channels) and (out, rank).
     core : Stored
-        The kernels, (rank, rank, kh, kw).
-    scaling : float
-        The factor s.
+        The kernels, (rank, rank, kh, kw); the columns of A are channels.
     """
 
-    A: Stored
-    B: Stored
     core: Stored
-    scaling: float
 
     words: ClassVar[str] = "factors with a core"
 
@@ -42,16 +35,6 @@ class CoredFactors(Form):
         """(out_features, in_features)."""
         return self.B.shape[0], self.A.shape[1] * (self.core.shape[1] // self.A.shape[0])
 
-    @property
-    def rank(self) -> int:
-        """Rank of the factors."""
-        return self.A.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """The factor s."""
-        return self.scaling
-
     def update(self, wanted: Wanted) -> LowRank:
         """Give the update of the wanted rows: the core and A make one factor."""
         a = self.A.read().double()
@@ -61,7 +44,3 @@ class CoredFactors(Form):
             self.B.read(wanted.stored_rows),
             self.scaling,
         )
-
-    def held_bytes(self, vectors: int, features: int) -> int:
-        """Give the memory of the two factors, in float64."""
-        return 8 * self.rank * (features + vectors)

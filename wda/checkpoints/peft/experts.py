@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from wda.checkpoints.factors import Names
-from wda.checkpoints.forms import Form, Stored, Wanted
+from wda.checkpoints.forms import Factors, Form, Wanted
 from wda.checkpoints.found import CONFIG_FILE, Found
 from wda.checkpoints.peft.versions import rank_and_alpha
 from wda.errors import CheckpointError, listing
@@ -25,7 +25,7 @@ _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True)
-class ExpertFactors(Form):
+class ExpertFactors(Factors):
     """W0 + s·B·A of one expert, whose factors lie among those of all.
 
     Attributes
@@ -36,23 +36,13 @@ class ExpertFactors(Form):
         Which of how many.
     rows : range
         Which of B's rows are this matrix.
-    scaling : float
-        The factor s.
     """
 
-    A: Stored
-    B: Stored
     expert: int
     experts: int
     rows: range
-    scaling: float
 
     words: ClassVar[str] = "factors of one expert"
-
-    @property
-    def parts(self) -> tuple[Stored, ...]:
-        """The two factors."""
-        return self.A, self.B
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,11 +55,6 @@ class ExpertFactors(Form):
         return self.A.shape[0] // self.experts
 
     @property
-    def scale(self) -> float:
-        """The factor s."""
-        return self.scaling
-
-    @property
     def told(self) -> tuple[object, ...]:
         """Which expert and which rows, too."""
         return *super().told, self.expert, self.experts, self.rows
@@ -80,10 +65,6 @@ class ExpertFactors(Form):
         a = self.A.read([slice(first, first + self.rank)])
         b = self.B.read()[self.rows.start : self.rows.stop, self.expert :: self.experts]
         return LowRank(a, pick(b, wanted.stored_rows), self.scaling)
-
-    def held_bytes(self, vectors: int, features: int) -> int:
-        """Give the memory of the factors, which are widened to float64."""
-        return 8 * self.rank * (features + vectors)
 
 
 def split_experts(
@@ -119,7 +100,7 @@ def split_experts(
             for label, rows in _matrices(found, names, module, pair, pairs).items():
                 for expert in range(count):
                     forms[f"{module}.{expert}.{label}"] = ExpertFactors(
-                        a, b, expert, count, rows, scaling(rank, alpha)
+                        a, b, scaling(rank, alpha), expert, count, rows
                     )
     kinds = {
         kind: {m: n for m, n in of.items() if not targets or m not in stacked or kind not in "AB"}

@@ -37,8 +37,8 @@ def read_adalora(found: Found) -> Contents:
         module: SingularFactors(
             _stored(names, "lora_A", module),
             _stored(names, "lora_B", module),
-            _stored(names, "lora_E", module),
             alpha / (initial + 1e-5),  # the library's guard against pruning to rank 0
+            _stored(names, "lora_E", module),
         )
         for module in names["lora_A"]
     }

@@ -178,6 +178,22 @@ def test_a_file_cut_short_in_the_middle_of_reading_is_named_in_one_line(tmp_path
     assert "a file was cut short while it was read" in stderr or "changed while" in stderr
 
 
+def test_threads_that_lose_the_same_file_say_so_once() -> None:
+    code = (
+        "import os, threading, time\n"
+        "from wda import signals\n"
+        "write = os.write\n"
+        "os.write = lambda to, text: (write(to, text), time.sleep(0.3))\n"
+        "threads = [threading.Thread(target=signals._end, args=(7,)) for _ in range(4)]\n"
+        "for thread in threads:\n    thread.start()\n"
+        "time.sleep(20)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=15)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+
+
 def test_ctrl_c_does_not_wait_for_a_server_that_stalls(tmp_path: Path) -> None:
     base = big_model(tmp_path / "base", 1, seed=0)
     big_model(tmp_path / "site", 1, seed=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 
+_SPEAKING = threading.Lock()
 _MESSAGE = (
     "wda: a file was cut short while it was read; is a training still writing it? "
     "compare again when it is whole; what was finished is kept"
@@ -24,6 +26,9 @@ def explain_files_cut_short() -> None:
 
 
 def _end(_number: int) -> None:
+    # Writing lets other threads run, and they may lose the same file: the first speaks for all.
+    if not _SPEAKING.acquire(blocking=False):
+        threading.Event().wait()
     os.write(2, f"{_MESSAGE}\n".encode())
     os._exit(1)
 

@@ -17,8 +17,8 @@ ROOMS: list[set[str]] = [
     {"places", "fused"},
     {"remote"},
     {"files", "locations", "progress", "provenance", "validation", "decomposition", "table"},
-    {"naming", "rows", "statistics", "style"},
-    {"updates"},
+    {"draws", "naming", "rows", "style"},
+    {"updates", "statistics"},
     {"checkpoints"},
     {"manifest"},
     {"runs", "figures"},
@@ -35,7 +35,7 @@ ROOMS: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-WITHOUT_TORCH = ("table", "statistics", "style", "figures")
+WITHOUT_TORCH = ("table", "draws", "statistics", "style", "figures")
 
 
 def room_of(module: str) -> str:

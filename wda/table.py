@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from wda.errors import TableError, listing
@@ -21,26 +22,57 @@ class Column:
         Its pandas dtype.
     meaning : str
         What the number is, with unit and range.
+    required : bool
+        Whether a table has to have it. A column that may be missing is then empty throughout.
     """
 
     dtype: str
     meaning: str
+    required: bool = True
 
+
+def _optional(dtype: str, meaning: str) -> Column:
+    return Column(dtype, meaning, required=False)
+
+
+# Which quantiles of the vectors' changes stand in the table.
+QUANTILES = (5, 25, 50, 75, 95)
 
 COLUMNS: dict[str, Column] = {
     "run": Column("string", "name of the run"),
     "method": Column("string", "how it was trained: ft, lora, dora, …"),
+    "rank": _optional("Int64", "rank of the update; empty where it is not bounded by a factor's"),
     "seed": Column("Int64", "seed of the training; empty where unknown"),
     "step": Column("Int64", "training step of the checkpoint; empty where unknown"),
     "module": Column("string", "path of the module in the base"),
     "layer": Column("Int64", "first number in that path; empty outside the layers"),
     "matrix": Column("string", "label: query, key, value, output, gate, up, down, or a last name"),
+    "head": _optional("Int64", "number of the attention head, where there is a row per head"),
+    "granularity": _optional(
+        "string", "what a vector is: 'vector', 'head' (rows of one head), or the whole 'matrix'"
+    ),
     "per": Column("string", "'output': one vector per output feature; 'input': per input feature"),
     "out_features": Column("int64", "rows of the matrix"),
     "in_features": Column("int64", "columns of the matrix"),
     "n_vectors": Column("int64", "number of vectors: rows or columns, by `per`"),
     "delta_m": Column("float64", "ΔM: mean |m_t − m_0| over the vectors, in units of the weight"),
     "delta_d": Column("float64", "ΔD: mean 1 − cos(w_t, w_0), 0 to 2; empty if none has direction"),
+    "delta_m_signed": _optional("float64", "mean m_t − m_0: positive where vectors grew"),
+    "delta_m_relative": _optional("float64", "mean |m_t − m_0|/m_0 over vectors that are not 0"),
+    "update_norm": _optional("float64", "‖ΔW‖_F, in units of the weight"),
+    "relative_update": _optional("float64", "‖ΔW‖_F/‖W0‖_F"),
+    "share_grown": _optional("float64", "share of the vectors with m_t > m_0, 0 to 1"),
+    **{
+        f"magnitude_q{q:02}": _optional("float64", f"{q} % quantile of m_t − m_0 over the vectors")
+        for q in QUANTILES
+    },
+    **{
+        f"direction_q{q:02}": _optional("float64", f"{q} % quantile of 1 − cos over the vectors")
+        for q in QUANTILES
+    },
+    "floor_delta_m": _optional("float64", "ΔM that rounding to the stored dtypes alone would give"),
+    "floor_delta_d": _optional("float64", "ΔD that rounding to the stored dtypes alone would give"),
+    "below_floor": _optional("boolean", "whether ΔM or ΔD is under three times its floor"),
     "n_undirected": Column("int64", "vectors that are zero before or after, left out of ΔD"),
     "dtype": Column("string", "dtype of the checkpoint's numbers"),
     "base_dtype": Column("string", "dtype of W0's numbers"),
@@ -110,17 +142,22 @@ def read_table(path: str | Path) -> pd.DataFrame:
 def check_table(table: pd.DataFrame, name: str = "table") -> pd.DataFrame:
     """Make sure a table has all columns, in the right dtypes, and at least one row.
 
+    Columns that it may lack, as tables of earlier versions do, are added without values.
+
     Raises
     ------
     TableError
         Naming what is missing.
     """
-    missing = [column for column in COLUMNS if column not in table.columns]
-    if missing:
-        raise TableError(f"{name}: columns missing: {listing(missing, 20)}; is it a wda table?")
+    missing = [name for name, column in COLUMNS.items() if name not in table.columns]
+    if missing_required := [name for name in missing if COLUMNS[name].required]:
+        raise TableError(
+            f"{name}: columns missing: {listing(missing_required, 20)}; is it a wda table?"
+        )
     if table.empty:
         raise TableError(f"{name}: has no rows; nothing to fit or draw")
+    filled = table.assign(**dict.fromkeys(missing, np.nan))
     try:
-        return table.astype({column: spec.dtype for column, spec in COLUMNS.items()})
+        return filled.astype({column: spec.dtype for column, spec in COLUMNS.items()})
     except (TypeError, ValueError) as error:
         raise TableError(f"{name}: a column holds what it cannot: {error}") from None

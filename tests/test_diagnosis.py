@@ -110,6 +110,19 @@ def test_a_sound_checkpoint_is_found_sound(method: str, tmp_path: Path) -> None:
     assert not any(finding.advice for finding in found)
 
 
+def test_biases_beside_an_adapter_are_no_reason_for_suspicion(tmp_path: Path) -> None:
+    base = base_weights()
+    adapter = adapter_weights(base)
+    vectors = {
+        f"base_model.model.{name}": torch.ones(3) for name in ("x.bias", "final_norm.weight")
+    }
+    found = doctor(tmp_path, adapter | vectors, base)["all tensors are read"]
+    assert (found.verdict, found.number.partition(":")[0]) == ("ok", "not 2")
+    stray = {"base_model.model.x.lora_other": torch.ones(3)}
+    found = doctor(tmp_path, adapter | vectors | stray, base)["all tensors are read"]
+    assert (found.verdict, found.number.partition(":")[0]) == ("suspicious", "not 3")
+
+
 def test_magnitudes_that_never_moved(tmp_path: Path) -> None:
     base = base_weights()
     frozen = magnitudes(

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import pico_weights, save_model, save_pico_adapter, wda_command
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from servers import Files, serving
+from test_fixtures import FIXTURES
 
+from wda.checkpoints import Given
 from wda.errors import WdaError
 from wda.inspection import Held, inspect
+
+# The fixtures that are whole models, by how their names begin.
+WHOLE = ("awq", "dcp", "fp", "fsdp_", "gguf", "gptq", "int8", "lightning", "litgpt-full", "mlx_")
+WHOLE += ("nf4", "packed", "zero")
+ADAPTERS = [fixture for fixture in FIXTURES if not fixture.name.startswith(WHOLE)]
 
 
 def test_a_whole_model(base: Path) -> None:
@@ -37,13 +47,46 @@ def test_adapters_tell_rank_and_scaling(runs: dict[str, Path], base: Path) -> No
 
 
 def test_what_is_not_read_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_pico_adapter(tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.x.lora_other": torch.ones(2)}, file)
     (found,) = inspect(str(tmp_path / "a"))
     assert found.unread == ("base_model.model.x.lora_other",)
+
+
+def put_into(file: Path, more: dict[str, torch.Tensor]) -> None:
+    """Add tensors to a file, whose others and whose header stay as they are."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as held:
+            save_file({**load_file(file), **more}, file, held.metadata())
+        return
+    held = torch.load(file, weights_only=True)
+    of_model = next((held[key] for key in ("model", "model_state_dict") if key in held), held)
+    of_model.update(more)
+    torch.save(held, file)
+
+
+@pytest.mark.parametrize("fixture", ADAPTERS, ids=lambda path: path.name)
+def test_whatever_is_trained_beside_an_adapter_is_named(fixture: Path, tmp_path: Path) -> None:
+    """No layout takes a bias, a norm or a head for something that needs no word."""
+    said = json.loads((fixture / "about.json").read_text()).get("options", {})
+    given = Given(**{**said, "enabled": tuple(said["enabled"]) if "enabled" in said else None})
+    shutil.copytree(fixture, tmp_path / "copy")
+    (place,) = (path for path in (tmp_path / "copy").iterdir() if path.stem == "checkpoint")
+    (before,) = inspect(str(place), given)
+    wrapped = any(word in before.layout for word in ("PEFT", "paper's code"))
+    prefix = "base_model.model." if wrapped else ""
+    more = {
+        f"{prefix}beside.projection.bias": torch.ones(3),
+        f"{prefix}beside.norm.weight": torch.ones(3),
+        f"{prefix}beside.head.weight": torch.ones(3, 5),
+    }
+    put_into(place if place.is_file() else place / next(iter(before.files)), more)
+    (after,) = inspect(str(place), given)
+    named = set(after.unread) - set(before.unread)
+    whole = {held.module for held in set(after.matrices) - set(before.matrices)}
+    assert len(named) >= 2, "both vectors at least"
+    assert named | {f"{prefix}{module}.weight" for module in whole} >= set(more)
 
 
 def test_no_tensor_travels(tmp_path: Path) -> None:

@@ -68,6 +68,21 @@ def test_the_merged_model_is_pefts(case: str, tmp_path: Path) -> None:
     )
 
 
+def test_numbers_that_went_into_the_forms_need_no_place(tmp_path: Path) -> None:
+    """α beside the factors, as sd-scripts stores it, is in the merged weights."""
+    fixture = Path(__file__).parent / "fixtures" / "lycoris-4.1"
+    file = tmp_path / "only.safetensors"
+    held = load_file(fixture / "checkpoint.safetensors")
+    save_file({n: t for n, t in held.items() if not n.endswith(("diff_b", "_norm"))}, file)
+    merge(file, tmp_path / "out", fixture / "base", progress=False)
+    written = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    truth = load_file(fixture / "truth.safetensors")
+    changed = [name for name in truth if name.endswith(".weight") and truth[name].ndim > 1]
+    assert changed
+    for name in changed:
+        assert torch.allclose(written[name].double(), truth[name].double(), rtol=1e-5, atol=1e-7)
+
+
 def bf16_shards(tmp_path: Path) -> tuple[Any, Path]:
     """A base in bf16, in several shards, and an adapter of it."""
     adapted, run = trained_adapter(LLAMA, {"target_modules": ["q_proj", "v_proj"]}, tmp_path)
@@ -132,6 +147,12 @@ def test_what_cannot_be_merged_right_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     save_file(tensors | {"base_model.model.surprise.weight": torch.ones(3)}, file)
     with pytest.raises(CheckpointError, match=r"surprise\.weight have no place in the base"):
+        merge(adapter, out, base, progress=False)
+    # A weight beside its factors may be W0, or have them merged into it.
+    beside = next(n for n in tensors if n.endswith("lora_A.weight")).replace("lora_A.", "")
+    w0 = load_file(base / "model.safetensors")[beside.removeprefix("base_model.model.")]
+    save_file(tensors | {beside: w0}, file)
+    with pytest.raises(CheckpointError, match=r"query\.weight have no place in the base"):
         merge(adapter, out, base, progress=False)
     renamed = {n.replace("layer.1.", "layer.7."): t for n, t in tensors.items()}
     save_file(renamed, file)

@@ -421,7 +421,17 @@ def test_the_table_is_that_of_pefts_merged_weights(name: str, per: str, tmp_path
     assert set(comparison.table["matrix"]) == set(case.matrices.split(","))
     assert set(comparison.table["method"]) == {case.method}
     agree(comparison.table, base, truth, per)
+    assert [n for n in comparison.notes if "not read" in n] == NAMED.get(name, [])
 
+
+# What is trained beside the matrices has no row, and is named.
+NAMED = {
+    "bias": [
+        "run: tensors that were not read: base_model.model.linear.lora_B.bias, "
+        "base_model.model.point.lora_B.bias"
+    ],
+    "bias of base": ["run: tensors that were not read: base_model.model.linear.base_layer.bias"],
+}
 
 QD = ["q_proj", "down_proj"]
 
@@ -499,6 +509,15 @@ def test_peft_merges_what_has_no_reader(name: str, tmp_path: Path) -> None:
     agree(comparison.table, base, truth, "output")
     (checkpoint,) = comparison.provenance["checkpoints"]
     assert checkpoint["layout"] == "PEFT adapter, merged by peft itself"
+    assert comparison.notes == ()
+
+
+def test_a_bias_beside_what_peft_merges_is_named(tmp_path: Path) -> None:
+    config = peft.FourierFTConfig(n_frequency=50, target_modules=["linear"], bias="fourier_only")
+    trained(Case(Convolutions, lambda: config, "linear", "fourierft"), tmp_path)
+    checkpoint = open_checkpoint(tmp_path / "run" / "checkpoint-3")
+    assert checkpoint.unread
+    assert all(name.endswith(".bias") for name in checkpoint.unread)
 
 
 def compared(folder: Path, matrices: str, **options: Any) -> Any:

@@ -64,7 +64,7 @@ class Inspection:
     matrices : tuple of Held
         What it holds or changes.
     unread : tuple of str
-        Tensors that mean nothing to the reader.
+        Tensors beside the matrices, such as biases, and what means nothing to the reader.
     """
 
     location: str

@@ -223,11 +223,12 @@ class _Merging:
         for own, of_base in heads.items():
             new |= {f"{of_base}.weight": name for name in self.adapter.tensors_of(own)}
         for name in left:
-            if name.endswith(".base_layer.weight") or ".original_module." in name:
-                continue  # W0, saved beside what was trained
+            if name in self.adapter.accounted:
+                continue  # such as W0, saved beside what was trained
             plain = ".".join(word for word in name.split(".") if word not in _PEFT_WORDS)
             head = next((h for h in heads if plain.endswith(f"{h}.bias")), None)
-            if (in_base := self._name_in_base(name, plain)) is not None:
+            in_base = self._name_in_base(name, plain)
+            if in_base is not None and in_base not in self._matrices:
                 found[in_base] = name
             elif head is not None:
                 new[f"{heads[head]}.bias"] = name

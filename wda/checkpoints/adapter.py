@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.forms import Form, Wanted, Whole
@@ -26,8 +26,9 @@ class Adapter(Checkpoint):
         Module → how its change is stored.
     method : str
         How it was trained: ``lora``, ``dora``, …
-    unread : tuple of str
-        Names of tensors that mean nothing to the layout.
+    accounted : iterable of str
+        Names of tensors outside the forms that need none: copies of W0, and numbers that went into
+        the forms. Whatever else is in no form counts as not read.
     base : str or None
         What it says it was trained on.
     """
@@ -38,11 +39,14 @@ class Adapter(Checkpoint):
         tensors: Tensors,
         forms: Mapping[str, Form],
         method: str,
-        unread: tuple[str, ...] = (),
+        accounted: Iterable[str] = (),
         base: str | None = None,
     ) -> None:
         super().__init__(found.path, tensors, method, found.given)
-        self.forms, self.unread, self.base = dict(forms), unread, base
+        self.forms, self.base = dict(forms), base
+        self.accounted = frozenset(accounted)
+        known = self.accounted | {part.name for form in forms.values() for part in form.parts}
+        self.unread = tuple(name for name in tensors if name not in known)
         self.modules = frozenset(forms)
         # Modules that are trained whole beside the adapter may be new ones, such as heads.
         self.required = frozenset(m for m, form in forms.items() if not isinstance(form, Whole))

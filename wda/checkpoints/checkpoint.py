@@ -45,7 +45,7 @@ class Checkpoint(ABC):
     required : frozenset of str
         Those of them that must exist in the base.
     unread : tuple of str
-        Names of tensors it holds that mean nothing to this reader.
+        Names of tensors it holds beside the matrices, or that mean nothing to this reader.
     base : str or None
         What it says it was fine-tuned from.
     tensors : Tensors

@@ -36,8 +36,8 @@ class Names:
         All of them.
     by_kind : mapping
         Kind → module → tensor name.
-    unread : tuple of str
-        The names that fit no kind.
+    frozen : tuple of str
+        The names of copies of W0 and the like, that no training changes.
     turned : bool
         Whether the file holds A as (in, rank) and B as (rank, out).
     """
@@ -45,7 +45,7 @@ class Names:
     path: Place
     tensors: Tensors
     by_kind: Mapping[str, Mapping[str, str]]
-    unread: tuple[str, ...]
+    frozen: tuple[str, ...]
     turned: bool = False
 
     def __getitem__(self, kind: str) -> Mapping[str, str]:
@@ -175,7 +175,8 @@ def sort_names(
     tensors : Tensors
         The tensors.
     endings : mapping
-        Kind → how names end. A kind ``whole`` takes matrices only.
+        Kind → how names end. A kind ``whole`` takes matrices only, a kind ``frozen`` what no
+        training changes.
     prefix : str
         What stands before the module's path.
     turned : bool
@@ -186,25 +187,26 @@ def sort_names(
     CheckpointError
         When a module has two tensors of one kind, or there is no factor and no magnitude.
     """
-    names: dict[str, dict[str, str]] = {kind: {} for kind in endings}
-    unread = []
+    names: dict[str, dict[str, str]] = {kind: {} for kind in endings if kind != "frozen"}
+    frozen = []
     for name, entry in tensors.items():
         kind = next((kind for kind, end in endings.items() if end.search(name)), None)
-        if kind is None or (kind == "whole" and len(entry.shape) < 2):
-            unread.append(name)
+        if kind == "frozen":
+            frozen.append(name)
+        if kind not in names or (kind == "whole" and len(entry.shape) < 2):
             continue
         module = endings[kind].sub("", name).removeprefix(prefix)
-        if kind != "frozen" and module in names[kind]:
+        if module in names[kind]:
             raise CheckpointError(
                 f"{path}: holds several adapters of {module} ({names[kind][module]} "
                 f"and {name}); save the one that is meant alone"
             )
         names[kind][module] = name
-    if not any(of_kind for kind, of_kind in names.items() if kind not in ("whole", "frozen")):
+    if not any(of_kind for kind, of_kind in names.items() if kind != "whole"):
         first = endings.get("A") or next(e for k, e in endings.items() if k != "frozen")
         ending = first.pattern.strip("$").replace("\\", "").lstrip(".")
         raise CheckpointError(f"{path}: no tensor ends in {ending}; found {listing(tensors, 4)}")
-    return Names(path, tensors, names, tuple(unread), turned)
+    return Names(path, tensors, names, tuple(frozen), turned)
 
 
 def _fits(count: int, features: int, axis: Axis) -> bool:

@@ -20,7 +20,7 @@ _ENDINGS = {
     "A": re.compile(rf"({_DORA}A|{_LORA}0)\.weight$"),
     "B": re.compile(rf"({_DORA}B|{_LORA}1)\.weight$"),
     "magnitude": re.compile(r"\.magnitude_layer\.magnitude$"),
-    "frozen": re.compile(r"\.base_layer\.(weight|bias)$|\.bias$"),
+    "frozen": re.compile(r"\.base_layer\.weight$"),
     "whole": re.compile(r"\.weight$"),
 }
 
@@ -52,4 +52,4 @@ class FsdpQloraCheckpoint(Adapter):
         names.require_magnitudes(
             with_dora, "magnitude_layer.magnitude is missing", "save it with its magnitudes"
         )
-        return cls(found, found.tensors, forms, "dora" if with_dora else "lora", names.unread)
+        return cls(found, found.tensors, forms, "dora" if with_dora else "lora", names.frozen)

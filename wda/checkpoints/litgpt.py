@@ -122,7 +122,7 @@ class LitGptAdapter(Adapter):
             touched = places if blocks is not places else dict.fromkeys(enabled)
             shares |= {f"{module}.{label}": Share(form, places[label]) for label in touched}
         base = str(settings.get("checkpoint_dir") or "") or None
-        adapter = cls(found, found.tensors, forms, "lora", names.unread, base)
+        adapter = cls(found, found.tensors, forms, "lora", names.frozen, base)
         adapter.forms |= shares
         return adapter
 

@@ -26,7 +26,6 @@ from wda.updates import Update, merged
 _ENDINGS = {
     "A": re.compile(r"\.lora_A$"),
     "B": re.compile(r"\.lora_B$"),
-    "frozen": re.compile(r"\.bias$"),
     "whole": re.compile(r"\.weight$"),
 }
 _BY_HAND = re.compile(r"\.(m|magnitude|dora_m)$")
@@ -111,7 +110,7 @@ class LoralibCheckpoint(Adapter):
             form = _form(names, module, alpha, found.given)
             whole = module in names["whole"]
             forms[module] = PerhapsMerged(form, names.stored("whole", module)) if whole else form
-        return cls(found, found.tensors, forms, "lora", names.unread)
+        return cls(found, found.tensors, forms, "lora", names.frozen)
 
     def says_transposed(self, module: str, stored: tuple[int, int]) -> bool:
         """Tell whether a base matrix has the factors' shape only as (in, out)."""

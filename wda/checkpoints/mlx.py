@@ -26,7 +26,6 @@ _ENDINGS = {
     "A": re.compile(r"\.lora_a$"),
     "B": re.compile(r"\.lora_b$"),
     "magnitude": re.compile(r"\.m$"),
-    "frozen": re.compile(r"\.bias$"),
     "whole": re.compile(r"\.weight$"),
 }
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?)$")
@@ -50,7 +49,7 @@ class MlxCheckpoint(Adapter):
         kind = found.config.get("fine_tune_type", "lora")
         base = found.config.get("model") or None
         if kind == "full":
-            return cls(found, found.tensors, _wholes(found), "ft", _vectors(found), base)
+            return cls(found, found.tensors, _wholes(found), "ft", base=base)
         scale = _scale(found, kind)
         tensors = unstacked(found.tensors, _of_expert)
         names = sort_names(found.path, tensors, _ENDINGS)
@@ -63,7 +62,7 @@ class MlxCheckpoint(Adapter):
                 names["A"], "fine_tune_type is dora but m is missing", "save it with m"
             )
         method = "dora" if names["magnitude"] else "lora"
-        return cls(found, tensors, forms, method, names.unread, base)
+        return cls(found, tensors, forms, method, names.frozen, base)
 
 
 def _scale(found: Found, kind: object) -> float:
@@ -127,12 +126,3 @@ def _wholes(found: Found) -> dict[str, Form]:
         for name, entry in found.tensors.items()
         if _ENDINGS["whole"].search(name) and len(entry.shape) == 2
     }
-
-
-def _vectors(found: Found) -> tuple[str, ...]:
-    """Name what is trained and is no matrix; biases and the scales of norms go without saying."""
-    return tuple(
-        name
-        for name, entry in found.tensors.items()
-        if len(entry.shape) > 1 and not (_ENDINGS["whole"].search(name) and len(entry.shape) == 2)
-    )

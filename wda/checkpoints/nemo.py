@@ -107,7 +107,7 @@ class NemoCheckpoint(Adapter):
             for label in _FUSED.get(_inner(module), {})
         }
         method = "dora" if names["magnitude"] else "lora"
-        adapter = cls(found, tensors, forms, method, names.unread)
+        adapter = cls(found, tensors, forms, method, names.frozen)
         adapter.forms |= shares
         return adapter
 

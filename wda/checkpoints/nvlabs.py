@@ -3,7 +3,8 @@
 Keys end in ``lora_A.weight`` (rank, in), ``lora_B.weight`` (out, rank) and
 ``weight_m_wdecomp.weight`` (out, 1); modules that train their magnitude alone have only the last.
 The scaling is α/r, without patterns. The visual instruction tuning writes an adapter's name into
-the magnitudes' keys, and all of them into ``non_lora_trainables.bin`` by mistake.
+the magnitudes' keys, and all of them into ``non_lora_trainables.bin`` by mistake, beside what
+else it trained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ _ENDINGS = {
     "A": re.compile(r"\.lora_A(\.default)?\.weight$"),
     "B": re.compile(r"\.lora_B(\.default)?\.weight$"),
     "magnitude": _MAGNITUDE,
-    "frozen": re.compile(r"\.bias$"),
     "whole": re.compile(r"\.weight$"),
 }
 
@@ -46,7 +46,7 @@ class NvlabsCheckpoint(Adapter):
             return None  # a whole model
         tensors = found.tensors
         if (stray := found.has(_STRAY_FILE)) is not None:
-            tensors = tensors.joined(open_tensors(stray), _MAGNITUDE.search)
+            tensors = tensors.joined(open_tensors(stray))
         if not found.config and not any(map(_MAGNITUDE.search, tensors)):
             return None
         # The checkpoints of a training have none; it is written at the end, beside them.
@@ -66,4 +66,4 @@ class NvlabsCheckpoint(Adapter):
             "this folder",
         )
         base = config.get("base_model_name_or_path") or None
-        return cls(found, tensors, forms, "dora", names.unread, base)
+        return cls(found, tensors, forms, "dora", names.frozen, base)

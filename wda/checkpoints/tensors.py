@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -127,11 +127,10 @@ class Tensors(Mapping[str, Entry]):
                 "copy it again"
             )
 
-    def joined(self, other: Tensors, chosen: Callable[[str], object]) -> Tensors:
-        """Give these and the chosen ones of another file's together."""
-        more = {name: place for name, place in other._where.items() if chosen(name)}
+    def joined(self, other: Tensors) -> Tensors:
+        """Give these and another file's together."""
         files = [*self._opened.values(), *other._opened.values()]
-        return Tensors({**self._where, **more}, self._source, files, self._derived)
+        return Tensors({**self._where, **other._where}, self._source, files, self._derived)
 
     def under(self, prefix: str) -> Tensors:
         """Give these under longer names, after opening all their files."""

@@ -74,7 +74,7 @@ class TorchtuneCheckpoint(Adapter):
         _require_all(names)
         method = "dora" if names["magnitude"] else "lora"
         base = found.config.get("base_model_name_or_path") or None
-        return cls(found, found.tensors, forms, method, names.unread, base)
+        return cls(found, found.tensors, forms, method, names.frozen, base)
 
 
 def _hugging_face_name(module: str) -> str:

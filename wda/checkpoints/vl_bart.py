@@ -21,7 +21,6 @@ _ENDINGS = {
     "B": re.compile(r"\.lora_B$"),
     "magnitude": re.compile(r"\.weight_m$"),
     "start": _START,
-    "frozen": re.compile(r"\.bias$"),
     "whole": re.compile(r"\.weight$"),
 }
 
@@ -49,4 +48,4 @@ class VlBartCheckpoint(Adapter):
             )
         for module in names["A"]:
             forms[module] = started_from(StoredStart(names.stored("start", module)), forms[module])
-        return cls(found, found.tensors, forms, "dora", names.unread)
+        return cls(found, found.tensors, forms, "dora", names.frozen)

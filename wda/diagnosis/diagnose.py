@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from wda.pairing import pair
 from wda.places import shown
 from wda.progress import progress_bar
 from wda.runs import open_runs
+
+# Biases and the scales of norms, which change no matrix.
+_BESIDE = re.compile(r"\.bias$|(norm|ln)[^.]*\.(weight|scale)$", re.IGNORECASE)
 
 
 def diagnose(
@@ -95,7 +99,10 @@ def _left_over(checkpoint: Checkpoint, notes: Sequence[str]) -> list[Finding]:
     new = [note.partition(": ")[2] for note in notes if "the base has none" in note]
     found = [Finding("ok", "all is paired", "; ".join(new) or "yes")]
     if checkpoint.unread:
-        number = f"{len(checkpoint.unread)}: {listing(checkpoint.unread, 3)}"
+        number = f"not {len(checkpoint.unread)}: {listing(checkpoint.unread, 3)}"
+        if all(map(_BESIDE.search, checkpoint.unread)):
+            number += ", trained or kept beside the matrices, and not measured"
+            return [*found, Finding("ok", "all tensors are read", number)]
         advice = "tensors that no one reads: make sure that they do not belong to the weights"
         found.append(Finding("suspicious", "all tensors are read", number, advice))
     return found

@@ -142,11 +142,9 @@ def forms(
     )
 
 
-def unread(names: Names) -> tuple[str, ...]:
-    """Name the tensors that are of no matrix: those of norms and biases."""
-    vectors = [name for name in names["difference"].values() if len(names.tensors[name].shape) < 2]
-    stray = [name for module, name in names["scales"].items() if module not in names["on_input"]]
-    return (*names.unread, *vectors, *stray)
+def accounted(names: Names) -> tuple[str, ...]:
+    """Name the tensors that hold no numbers of a form's own: α and what factors are per."""
+    return (*names["alpha"].values(), *names["on_input"].values())
 
 
 def method(forms: Mapping[str, Form]) -> str:

@@ -44,8 +44,8 @@ class KohyaCheckpoint(Adapter):
     @classmethod
     def _of(cls, found: Found, names: Names, scalings: _Scalings) -> Self:
         forms = contents.forms(found, names, scalings, bool(scalings.configs))
-        method, unread = contents.method(forms), contents.unread(names)
-        return cls(found, found.tensors, forms, method, unread)
+        method = contents.method(forms)
+        return cls(found, found.tensors, forms, method, contents.accounted(names))
 
     def names_in(self, base: FullCheckpoint) -> Mapping[str, str]:
         """Find the base's names, part by part."""

@@ -28,7 +28,7 @@ class PipelineCheckpoint(FullCheckpoint):
         for part, kind in found.json(_INDEX_FILE).items():
             if isinstance(kind, list) and all(kind):
                 of_part = Found(found.path / part).tensors
-                tensors = tensors.joined(of_part.under(f"{part}."), lambda _name: True)
+                tensors = tensors.joined(of_part.under(f"{part}."))
         if not tensors and found.has(_INDEX_FILE):
             raise CheckpointError(
                 f"{found.path}: no folder named in {_INDEX_FILE} has weights; download the whole "

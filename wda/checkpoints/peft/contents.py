@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,13 @@ class Contents:
         Module → how its change is stored.
     method : str
         How it was trained.
-    unread : tuple of str
-        Names of tensors that mean nothing to the reader.
+    accounted : iterable of str
+        Names of tensors outside the forms that need none; see :class:`Adapter`.
     """
 
     forms: Mapping[str, Form]
     method: str
-    unread: tuple[str, ...] = ()
+    accounted: Iterable[str] = ()
 
 
 def require(found: Found, *fields: str) -> Mapping[str, Any]:

@@ -56,7 +56,7 @@ class PeftCheckpoint(Adapter):
         contents = read(found)
         base = found.config.get("base_model_name_or_path") or None
         checkpoint = cls(
-            found, found.tensors, contents.forms, contents.method, contents.unread, base
+            found, found.tensors, contents.forms, contents.method, contents.accounted, base
         )
         checkpoint.config = found.config
         return checkpoint

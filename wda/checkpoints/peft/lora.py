@@ -37,7 +37,7 @@ _ENDINGS = {
     "embedding_B": re.compile(r"\.lora_embedding_B(\.[^.]+)?$"),
     "magnitude": re.compile(r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$"),
     "tokens": tokens.ENDING,
-    "frozen": re.compile(r"\.bias$|\.original_module\.|\.token_adapter\."),
+    "frozen": re.compile(r"\.original_module\.|\.token_adapter\."),
     "start": re.compile(r"\.base_layer\.weight$"),
     "whole": WHOLE,
 }
@@ -60,7 +60,7 @@ def read(found: Found) -> Contents:
     _check_config(found)
     names = sort_names(found.path, found.tensors, _ENDINGS)
     if found.config.get("enable_lora"):
-        return Contents(_merged_linears(found, names), "lora", names.unread)
+        return Contents(_merged_linears(found, names), "lora", names.frozen)
     experts, names = split_experts(found, names, partial(_scaled, found))
     scalings = {module: _scaling(found, module, names.rank(module)) for module in names["A"]}
     forms = names.forms(scalings.__getitem__)
@@ -71,7 +71,8 @@ def read(found: Found) -> Contents:
     _start(found, names, forms)
     forms = _in_base_layers(found, forms)
     method = "dora" if found.config.get("use_dora") else "lora"
-    return Contents(forms, method, names.unread)
+    # The base under a factor is W0, also where nothing starts from it because it is packed.
+    return Contents(forms, method, [*names.frozen, *names["start"].values()])
 
 
 def described(found: Found) -> Found:

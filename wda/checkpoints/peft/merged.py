@@ -223,13 +223,15 @@ def read(found: Found) -> Contents:
     """
     kind = str(found.config.get("peft_type"))
     prefix = _prefix(found, kind)
-    modules, names, forms = set[str](), [], dict[str, Form]()
+    modules, names, copies, forms = set[str](), [], [], dict[str, Form]()
     for name in found.tensors:
         module = name.partition(f".{prefix}")[0].removeprefix(PREFIX).removesuffix(".base_layer")
         if f".{prefix}" in name and name.startswith(PREFIX):
             modules.add(module)
         if f".{prefix}" in name or not name.startswith(PREFIX):
             names.append(name)
+        elif name.endswith(".base_layer.weight"):
+            copies.append(name)
         elif WHOLE.search(name) and len(found.tensors[name].shape) > 1:
             whole = WHOLE.sub("", name).removeprefix(PREFIX)
             forms[whole] = Whole(Stored(found.tensors, name))
@@ -240,9 +242,7 @@ def read(found: Found) -> Contents:
         )
     skeleton = Skeleton(found, tuple(sorted(modules)), tuple(names))
     forms |= {module: MergedByPeft(skeleton, module) for module in skeleton.modules}
-    read = {*names, *(part.name for form in forms.values() for part in form.parts)}
-    unread = tuple(name for name in found.tensors if name not in read and not name.endswith("bias"))
-    return Contents(forms, kind.lower(), unread)
+    return Contents(forms, kind.lower(), [*names, *copies])
 
 
 def _prefix(found: Found, kind: str) -> str:

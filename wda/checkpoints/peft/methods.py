@@ -182,7 +182,7 @@ def _ia3_axis(config: Mapping[str, Any], module: str) -> Axis:
 def _sorted(found: Found, *kinds: str, frozen: str = "") -> Names:
     """Sort an adapter's tensors by the ends of their names, with or without an adapter's name."""
     endings = {
-        "frozen": re.compile(rf"\.base_layer\.(weight|bias)$|\.bias$|\.original_module\.{frozen}"),
+        "frozen": re.compile(rf"\.base_layer\.weight$|\.original_module\.{frozen}"),
         **{kind: re.compile(rf"\.{kind}(\.[^.]+)?(\.weight)?$") for kind in kinds},
         "whole": WHOLE,
     }
@@ -202,4 +202,4 @@ def _stored(names: Names, kind: str, module: str) -> Stored:
 def _contents(names: Names, forms: dict[str, Form], method: str) -> Contents:
     """Add the modules that were trained whole beside the adapter."""
     whole = {m: Whole(names.stored("whole", m)) for m in names["whole"] if m not in forms}
-    return Contents({**whole, **forms}, method, names.unread)
+    return Contents({**whole, **forms}, method, names.frozen)

@@ -77,11 +77,10 @@ def read(found: Found) -> Contents:
     endings = {
         "frozen": re.compile(r"\.(trainable_tokens_original|base_layer)\b.*$"),
         "tokens": ENDING,
-        "whole": re.compile(r"\.weight$"),
     }
     names = sort_names(found.path, found.tensors, endings)
     forms = replaced_rows(names, found.config, "token_indices")
-    return Contents(forms, "trainable_tokens", (*names.unread, *names["whole"].values()))
+    return Contents(forms, "trainable_tokens", names.frozen)
 
 
 def replaced_rows(names: Names, config: Mapping[str, Any], field: str) -> dict[str, Form]:

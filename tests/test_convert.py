@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import wda
 from wda.checkpoints import Given
-from wda.errors import ConversionError, OutputError, WdaError
+from wda.errors import CheckpointError, ConversionError, OutputError, WdaError
 
 # One name is the end of another, and none is square.
 SHAPES = {
@@ -262,15 +262,18 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def save_config(base: Path, kind: str) -> None:
+def save_config(base: Path, kind: str, **changes: int | None) -> None:
     config = {
         "model_type": kind,
         "hidden_size": 12,
         "head_dim": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        **changes,
     }
-    (base / "config.json").write_text(json.dumps(config))
+    (base / "config.json").write_text(
+        json.dumps({key: said for key, said in config.items() if said is not None})
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -297,6 +300,33 @@ def test_torchtune(kind: str, decomposed: bool, tmp_path: Path, llama: Path) -> 
             v = tensors.pop(f"{path}.magnitude")[:, None] * v / v.norm(dim=1, keepdim=True)
         torch.testing.assert_close(v, wt, rtol=1e-13, atol=1e-13)
     assert not tensors
+
+
+def test_torchtune_is_readable_or_not_written(tmp_path: Path, llama: Path) -> None:
+    """The order of rows needs the size of a head, wherever the configuration has it."""
+    modules = list(LLAMA)
+    adapter(tmp_path / "a", dict.fromkeys(modules, 3), dict.fromkeys(modules, 6))
+
+    def converted() -> None:
+        wda.convert(tmp_path / "a", "torchtune", tmp_path / "b", base=llama, progress=False)
+
+    for lacking in ({"hidden_size": None}, {"num_attention_heads": None}):
+        save_config(llama, "llama", head_dim=None, **lacking)
+        with pytest.raises(ConversionError, match="does not say how many rows a head has"):
+            converted()
+    save_config(llama, "llama", head_dim=5)
+    with pytest.raises(ConversionError, match="its 8 rows are no heads of 5"):
+        converted()
+    assert not (tmp_path / "b").exists()
+    save_config(llama, "llama", hidden_size=None, num_key_value_heads=None)
+    converted()
+    again = wda.compare(tmp_path / "b", base=llama, matrices="re:.*", cache=False, progress=False)
+    first = wda.compare(tmp_path / "a", base=llama, matrices="re:.*", cache=False, progress=False)
+    for measure in ("delta_m", "delta_d"):
+        assert again.table[measure].tolist() == pytest.approx(first.table[measure].tolist())
+    (tmp_path / "b" / "config.json").write_text('{"model_type": "llama", "head_dim": 5}')
+    with pytest.raises(CheckpointError, match="8 rows, which are no heads of 5"):
+        wda.compare(tmp_path / "b", base=llama, progress=False)
 
 
 def test_what_torchtune_has_no_place_for(tmp_path: Path, base: Path) -> None:

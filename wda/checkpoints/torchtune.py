@@ -39,8 +39,16 @@ _WORDS = {
     "w2": "down_proj",
     "w3": "up_proj",
 }
-_INTERLEAVED = ("llama", "mistral", "gemma", "gemma2")
-_AS_IT_IS = ("qwen2", "qwen3")
+# model_type in a config.json → whether torchtune pairs the rows of queries and keys that its rotary
+# embedding turns together as neighbours.
+PAIRED = {
+    "llama": True,
+    "mistral": True,
+    "gemma": True,
+    "gemma2": True,
+    "qwen2": False,
+    "qwen3": False,
+}
 
 
 class TorchtuneCheckpoint(Adapter):
@@ -94,21 +102,33 @@ def _require_all(names: Names) -> None:
 def _heads(found: Found) -> Callable[[int], tuple[bool, Rows]]:
     """Tell of so many rows whether torchtune interleaves them, and how Hugging Face's lie there."""
     config: Mapping[str, Any] = found.json("config.json")
-    kind, heads = config.get("model_type"), config.get("num_attention_heads")
-    if kind not in (*_INTERLEAVED, *_AS_IT_IS) or not heads or not config.get("hidden_size"):
+    kind, size = str(config.get("model_type")), head_size(config)
+    if kind not in PAIRED or not size:
         raise CheckpointError(
             f"{found.folder}: the order of torchtune's rows of q and k depends on the model, and "
-            f"is known for {', '.join((*_INTERLEAVED, *_AS_IT_IS))}; the config.json in this "
-            f"folder says {kind!r}; copy the base's here if it is not"
+            f"is known for {', '.join(PAIRED)}, by the size of a head; the config.json in this "
+            f"folder says {config.get('model_type')!r} and {size or 'no size'}; copy the base's "
+            "here if it is not"
         )
-    size = int(config.get("head_dim") or config["hidden_size"] // heads)
 
     def order(rows: int) -> tuple[bool, Rows]:
+        if rows % size:
+            raise CheckpointError(
+                f"{found.folder}: q or k has {rows} rows, which are no heads of {size}, as "
+                "config.json says; copy the base's here if it is not"
+            )
         starts = range(0, rows, size)
         halves = tuple(range(s + half, s + size, 2) for s in starts for half in (0, 1))
-        return kind in _INTERLEAVED, halves
+        return PAIRED[kind], halves
 
     return order
+
+
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """Tell how many rows a head has; None where a ``config.json`` does not say."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    size = config.get("head_dim") or (width // heads if heads and width else None)
+    return None if size is None else int(size)
 
 
 def _in_order(form: Form, order: Callable[[int], tuple[bool, Rows]]) -> Form:

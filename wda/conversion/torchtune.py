@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from wda.checkpoints.torchtune import PAIRED, head_size
 from wda.conversion.change import Change, Weight
 from wda.conversion.files import save_config, save_json, save_pickle
 from wda.conversion.source import Source
 from wda.conversion.target import Target
+from wda.errors import ConversionError
 
 # The order of rows cannot be told without the last.
 _FILES = ("adapter_model.pt", "adapter_config.json", "config.json")
 
-# model_type in the base's config.json → whether torchtune pairs the rows that its rotary
-# embedding turns together as neighbours.
-_PERMUTED = {
-    "llama": True,
-    "mistral": True,
-    "gemma": True,
-    "gemma2": True,
-    "qwen2": False,
-    "qwen3": False,
-}
 _NAMES = {
     "self_attn.q_proj": "attn.q_proj",
     "self_attn.k_proj": "attn.k_proj",
@@ -36,13 +29,20 @@ _NAMES = {
     "mlp.up_proj": "mlp.w3",
 }
 _PATH = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+_TURNED = (".q_proj", ".k_proj")
 _WHY = "the order of rows that torchtune keeps"
 
 
 def _missing(source: Source, module: str) -> str | None:
-    kind = source.base(_WHY).config.get("model_type")
-    if kind not in _PERMUTED:
-        return f"torchtune's order of rows is known for {', '.join(_PERMUTED)}, not for {kind}"
+    config = source.base(_WHY).config
+    kind = config.get("model_type")
+    if kind not in PAIRED:
+        return f"torchtune's order of rows is known for {', '.join(PAIRED)}, not for {kind}"
+    if module.endswith(_TURNED) and head_size(config) is None:
+        return (
+            "the base's config.json does not say how many rows a head has: it has no head_dim, and "
+            "not both of hidden_size and num_attention_heads"
+        )
     return None if _name(module) else "torchtune has no name for it"
 
 
@@ -60,7 +60,7 @@ def _write(
 ) -> None:
     config, tensors = source.base(_WHY).config, {}
     for change in changes:
-        path, heads = _name(change.module), _heads(config, change.module)
+        path, heads = _name(change.module), _heads(config, change)
         tensors[f"{path}.lora_a.weight"] = change.A
         tensors[f"{path}.lora_b.weight"] = _permuted(change.B, heads)
         if change.magnitude is not None:
@@ -78,15 +78,18 @@ def _write(
     save_json(folder / "config.json", config)
 
 
-def _heads(config: dict[str, object], module: str) -> int | None:
-    """Give the number of heads among which the rows of a module are permuted; None if none are."""
-    last = module.rpartition(".")[2]
-    if last not in ("q_proj", "k_proj") or not _PERMUTED[str(config["model_type"])]:
+def _heads(config: Mapping[str, Any], change: Change) -> int | None:
+    """Give the number of heads in which the rows of a module are paired; None if in none."""
+    if not change.module.endswith(_TURNED):
         return None
-    heads = config["num_attention_heads"]
-    found = heads if last == "q_proj" else config.get("num_key_value_heads") or heads
-    assert isinstance(found, int)
-    return found
+    rows, size = change.B.shape[0], head_size(config)
+    assert size is not None
+    if rows % size:
+        raise ConversionError(
+            f"{change.module}: its {rows} rows are no heads of {size}, as the base's config.json "
+            "says; give the base it was trained on"
+        )
+    return rows // size if PAIRED[str(config["model_type"])] else None
 
 
 def _permuted(rows: Tensor, heads: int | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import wda
 from wda.checkpoints import Given, TrainedOn, open_base, open_checkpoint
+from wda.diagnosis import diagnose
 from wda.errors import ManifestError
+from wda.manifest import make_manifest
+from wda.origins import notes_on_origins
+from wda.runs import open_runs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RANK, ALPHA = 3, 7
@@ -123,6 +128,58 @@ def test_results_depend_on_both_models(tmp_path: Path) -> None:
     adapter_, model = open_checkpoint(run), open_base(on[0])
     there = pickle.loads(pickle.dumps(TrainedOn(adapter_, model)))  # type: ignore[arg-type]
     assert there.meaning(MODULES[0]) == TrainedOn(adapter_, model).meaning(MODULES[0])  # type: ignore[arg-type]
+
+
+NOWHERE = "org/model-bnb-4bit"
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (str(FIXTURES / "nf4_double" / "checkpoint"), "the quantised "),
+        (NOWHERE, "by its name a quantised model"),
+        ("org/model-GPTQ-Int4@main", "by its name a quantised model"),
+        (str(FIXTURES / "nf4_double" / "base"), None),
+        ("org/gemma-3-1b-it-qat-int4-unquantized", None),
+        ("org/model-8B", None),
+        (None, None),
+    ],
+)
+def test_an_unquantised_base_that_the_training_never_saw_is_told(
+    named: str | None, said: str | None, tmp_path: Path
+) -> None:
+    run = adapter(tmp_path / "a", "nf4_double", dora=True, base_model_name_or_path=named)
+    member = open_runs(make_manifest(str(run)).runs)
+    base, packed = (open_base(FIXTURES / "nf4_double" / name) for name in ("base", "checkpoint"))
+    notes = notes_on_origins(member, base, None)
+    assert len(notes) == (said is not None)
+    assert all(note.startswith("a: was trained on ") and (said or "") in note for note in notes)
+    for chosen in ("original", "dequantized"):
+        assert notes_on_origins(member, base, chosen) == []  # type: ignore[arg-type]
+    assert notes_on_origins(member, packed, None) == []
+    found = {f.check: f for f in diagnose(run, base.path, progress=False)}
+    told = found.get("W0 is what it was trained on")
+    assert (told is not None) == (said is not None)
+    assert told is None or (told.verdict == "suspicious" and told.advice.startswith("give that"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        wda.merge(run, tmp_path / "out", base.path, progress=False)
+    assert any("was trained on" in str(w.message) for w in caught) == (said is not None)
+
+
+def test_the_packed_base_beside_the_factors_tells(tmp_path: Path) -> None:
+    run = adapter(tmp_path / "a", "nf4_double", dora=False, base_model_name_or_path=None)
+    file = run / "adapter_model.safetensors"
+    held = load_file(FIXTURES / "nf4_double" / "checkpoint" / "model.safetensors")
+    beside = {
+        f"base_model.model.{MODULES[0]}.base_layer{n.removeprefix(MODULES[0])}": t
+        for n, t in held.items()
+        if n.startswith(f"{MODULES[0]}.weight")
+    }
+    save_file({**load_file(file), **beside}, file)
+    members = open_runs(make_manifest(str(run)).runs)
+    (note,) = notes_on_origins(members, open_base(FIXTURES / "nf4_double" / "base"), None)
+    assert "the nf4 weights that lie beside its factors" in note
 
 
 def test_what_the_choice_needs_is_said(tmp_path: Path) -> None:

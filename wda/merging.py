@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from wda.errors import (
 from wda.files import staged_folder
 from wda.locations import of_model_reference, resolve
 from wda.naming import Matrix, find_matrices, natural_order
+from wda.origins import never_saw
 from wda.progress import progress_bar
 from wda.rows import row_blocks
 from wda.safetensors_writing import ToWrite, write_safetensors
@@ -97,7 +99,10 @@ def merge(
     """
     with progress_bar(progress) as bar:
         task = bar.add_task("merging", total=None, note="")
-        merging = _Merging(*_open(adapter, base, given))
+        checkpoint, model = _open(adapter, base, given)
+        if (why := never_saw(checkpoint, model)) is not None:
+            warnings.warn(f"{checkpoint.path}: {why.partition('; ')[0]}", stacklevel=2)
+        merging = _Merging(checkpoint, model)
         target = Path(out)
         if target.exists() and target.resolve() == merging.folder.resolve():
             raise OutputError(f"{target}: is the base itself; choose another folder for --out")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from wda.checkpoints import Adapter, FullCheckpoint, TrainedOn, open_base
+from wda.checkpoints import Adapter, Checkpoint, FullCheckpoint, TrainedOn, open_base
+from wda.checkpoints.found import Found
 from wda.errors import ManifestError
 from wda.locations import locate, of_model_reference
 from wda.manifest import W0
 from wda.places import shown
 from wda.runs import Member
+
+# What publishers put into the name of a quantised model.
+_QUANTISED_NAME = re.compile(
+    r"(^|[-_.])(bnb|[2-8]-?bits?|int[2-8]|nf4|fp4|fp8|gptq|awq|hqq|aqlm|gguf|w[48]a\d+)(?=$|[-_.])",
+    re.IGNORECASE,
+)
 
 
 def on_what_they_were_trained(
@@ -80,3 +89,58 @@ def _on_its_model(member: Member) -> Member:
         )
         raise ManifestError(f"{shown(location)}: {why}")
     return replace(member, checkpoint=TrainedOn(adapter, model))
+
+
+def notes_on_origins(members: Iterable[Member], base: FullCheckpoint, w0: W0 | None) -> list[str]:
+    """Say of which runs W0 is no weight that their training saw, though nobody chose that.
+
+    Parameters
+    ----------
+    members : iterable of Member
+        The checkpoints.
+    base : FullCheckpoint
+        What they are compared with.
+    w0 : {"original", "dequantized"} or None
+        What was asked for.
+
+    Returns
+    -------
+    list of str
+        One note per run.
+    """
+    notes = (
+        f"{member.run}: {why}"
+        for member in members
+        if w0 is None and (why := never_saw(member.checkpoint, base)) is not None
+    )
+    return list(dict.fromkeys(notes))
+
+
+def never_saw(adapter: Checkpoint, base: FullCheckpoint) -> str | None:
+    """Say why a base's weights are not those that an adapter was trained on, but for quantisation.
+
+    None where the base is quantised itself, or nothing tells of an adapter that it was trained on a
+    model that is.
+    """
+    if base.quantised or not isinstance(adapter, Adapter):
+        return None
+    if (model := _quantised_model(adapter)) is None:
+        return None
+    return (
+        f"was trained on {model}, and the base {shown(base.path)} is not quantised: its weights are "
+        "not those that the training saw; give that model as --base (what was learned alone), or "
+        "--w0 original (with the quantisation)"
+    )
+
+
+def _quantised_model(adapter: Adapter) -> str | None:
+    """Name the quantised model that an adapter says it was trained on."""
+    if adapter.quantised:
+        return f"the {adapter.quantised} weights that lie beside its factors"
+    named = adapter.given.trained_on or adapter.base or ""
+    here = Path(named)
+    if here.exists():
+        return f"the quantised {shown(named)}" if Found(here).quantisation() else None
+    last = named.rstrip("/").rpartition("/")[2].partition("@")[0]
+    by_name = _QUANTISED_NAME.search(last) and "unquantized" not in last.lower()
+    return f"{shown(named)}, by its name a quantised model" if by_name else None

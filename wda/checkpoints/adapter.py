@@ -43,7 +43,7 @@ class Adapter(Checkpoint):
         base: str | None = None,
     ) -> None:
         super().__init__(found.path, tensors, method, found.given)
-        self.forms, self.base = dict(forms), base
+        self.forms, self.base, self.quantised = dict(forms), base, found.quantised
         self.accounted = frozenset(accounted)
         known = self.accounted | {part.name for form in forms.values() for part in form.parts}
         self.unread = tuple(name for name in tensors if name not in known)

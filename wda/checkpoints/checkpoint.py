@@ -53,7 +53,8 @@ class Checkpoint(ABC):
     given : Given
         What the user said of it.
     quantised : str or None
-        How its weights are packed, where they are: ``nf4``, ``awq``, …
+        How its weights are packed, where they are: ``nf4``, ``awq``, …; of an adapter, those of the
+        base that lie beside it.
     """
 
     layout: ClassVar[str]

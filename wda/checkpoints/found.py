@@ -113,9 +113,9 @@ class Found:
         if self.file.suffix == gguf.ENDING:
             return tensors, gguf.packed_as(tensors)
         composed = with_composed(tensors, lambda: self.json("config.json"))
-        return dequantised(composed, self._quantisation, self.path)
+        return dequantised(composed, self.quantisation, self.path)
 
-    def _quantisation(self) -> Mapping[str, Any]:
+    def quantisation(self) -> Mapping[str, Any]:
         """Tell what the model's configuration says of its quantisation."""
         config = self.json("config.json")
         return (

@@ -13,6 +13,7 @@ from wda.diagnosis.measures import Measures, measure
 from wda.errors import LocationError, WdaError, blaming, listing
 from wda.locations import locate, of_model_reference
 from wda.manifest import make_manifest
+from wda.origins import never_saw
 from wda.pairing import pair
 from wda.places import shown
 from wda.progress import progress_bar
@@ -76,6 +77,9 @@ def diagnose(
     findings = [Finding("ok", "can be read", f"{checkpoint.layout}, {len(measured)} matrices")]
     findings += _left_over(checkpoint, notes)
     findings += _base_name(checkpoint, base)
+    if (why := never_saw(checkpoint, whole)) is not None:
+        said, _, advice = why.partition("; ")
+        findings.append(Finding("suspicious", "W0 is what it was trained on", said, advice))
     return findings + [found for check in CHECKS if (found := check(measured, checkpoint))]
 
 

@@ -20,7 +20,7 @@ from wda.inspection import Held, inspect
 
 # The fixtures that are whole models, by how their names begin.
 WHOLE = ("awq", "dcp", "fp", "fsdp_", "gguf", "gptq", "int8", "lightning", "litgpt-full", "mlx_")
-WHOLE += ("nf4", "packed", "zero")
+WHOLE += ("nf4", "packed", "torchtune-llama-full", "torchtune-phi3-full", "zero")
 ADAPTERS = [fixture for fixture in FIXTURES if not fixture.name.startswith(WHOLE)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wda
-from wda.checkpoints import Given
+from wda.checkpoints import Given, open_base
 from wda.errors import CheckpointError
+from wda.naming import find_matrices, layer_index
+from wda.updates import merged
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EVERYTHING = ["re:.*"]
@@ -233,3 +236,80 @@ def test_mlx_says_what_else_was_trained(tmp_path: Path) -> None:
     table = compared(base, checkpoint)
     assert set(table["layer"]) == {1}
     assert set(table["method"]) == {"ft"}
+
+
+# Whole models in a trainer's own names, against Hugging Face's.
+
+
+def test_whole_models_against_fused_projections(tmp_path: Path) -> None:
+    """LitGPT's of a Phi-3, and of before 0.5.5, say the same as its Llama of today."""
+    base, checkpoint = of("litgpt-full-hf")
+    same = measures(compared(base, checkpoint))
+    # A Phi-3 of Hugging Face has queries, keys and values in one, and gate and up.
+    tensors, fused = load_file(base / "model.safetensors"), tmp_path / "fused"
+    for layer in range(2):
+        path = f"model.layers.{layer}"
+        for name, parts in {
+            "self_attn.qkv_proj": [f"self_attn.{x}_proj" for x in "qkv"],
+            "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+        }.items():
+            held = [tensors.pop(f"{path}.{part}.weight") for part in parts]
+            tensors[f"{path}.{name}.weight"] = torch.cat(held)
+    fused.mkdir()
+    save_file(tensors, fused / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (fused / "config.json").write_text(json.dumps({**config, "model_type": "phi3", "head_dim": 6}))
+    by_label = {(layer_index(module), label): both for (module, label), both in same.items()}
+    of_fused = measures(compared(fused, checkpoint))
+    assert len(of_fused) == len(same)
+    for (module, label), both in of_fused.items():
+        assert by_label[layer_index(module), label] == pytest.approx(both), label
+    # Before 0.5.5 the rows of two query heads, a key and a value lay together by group.
+    old = tmp_path / "old"
+    shutil.copytree(checkpoint, old)
+    held = torch.load(old / "lit_model.pth", weights_only=True)["model"]
+    for layer in range(2):
+        q, k, v = held.pop(f"transformer.h.{layer}.attn.qkv.weight").split([24, 12, 12])
+        groups = zip(q.view(2, 12, -1), k.view(2, 6, -1), v.view(2, 6, -1), strict=True)
+        together = torch.cat([torch.cat(of_group) for of_group in groups])
+        held[f"transformer.h.{layer}.attn.attn.weight"] = together
+    torch.save({"model": held}, old / "lit_model.pth")
+    for where, expected in ((base, same), (fused, of_fused)):
+        found = measures(compared(where, old))
+        assert found.keys() == expected.keys()
+        assert all(found[name] == pytest.approx(expected[name]) for name in found)
+
+
+def test_torchtunes_own_names_against_its_own(tmp_path: Path) -> None:
+    """Where the base is in torchtune's order too, no row is moved."""
+    base, checkpoint = of("torchtune-llama-full")
+    name = "model-00001-of-00001.bin"
+    held = torch.load(checkpoint / name, weights_only=True)
+    (tmp_path / "own").mkdir()
+    torch.save({n: t + 0.1 if t.ndim > 1 else t for n, t in held.items()}, tmp_path / "own" / name)
+    for row in compared(tmp_path / "own", checkpoint).itertuples():
+        wt = held[f"{row.module}.weight"]
+        assert row.delta_d == pytest.approx(wda.decompose(wt + 0.1, wt).delta_d, rel=1e-5)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    (other / "config.json").write_text('{"model_type": "mllama"}')
+    with pytest.raises(CheckpointError, match="says 'mllama' and no size"):
+        compared(other, checkpoint)
+    # What does not turn with the positions has one order of rows.
+    others = "value,output,gate,up,down"
+    assert len(wda.compare(checkpoint, other, others, cache=False, progress=False).table) == 10
+
+
+@pytest.mark.parametrize("name", ["torchtune-llama-full", "torchtune-phi3-full", "litgpt-full-hf"])
+def test_a_worker_reads_rows_of_whole_models_alike(name: str) -> None:
+    """Where a checkpoint is opened again, and never asked for its names."""
+    base, checkpoint = map(open_base, of(name))
+    truth = load_file(FIXTURES / name / "truth.safetensors")
+    there = pickle.loads(pickle.dumps(checkpoint))
+    matrices = {m.module: m for m in find_matrices(base.tensors.shapes, config=base.config)}
+    for own, of_base in checkpoint.names_in(base).items():
+        if (matrix := matrices.get(of_base)) is not None:
+            wt = merged(
+                there.update(own, matrix, base, slice(3, 7)), torch.zeros(4, matrix.shape[1])
+            )
+            assert torch.equal(wt, matrix.take(truth[f"{of_base}.weight"])[3:7].double())

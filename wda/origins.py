@@ -127,9 +127,9 @@ def never_saw(adapter: Checkpoint, base: FullCheckpoint) -> str | None:
     if (model := _quantised_model(adapter)) is None:
         return None
     return (
-        f"was trained on {model}, and the base {shown(base.path)} is not quantised: its weights are "
-        "not those that the training saw; give that model as --base (what was learned alone), or "
-        "--w0 original (with the quantisation)"
+        f"was trained on {model}, and the base {shown(base.path)} is not quantised: the training "
+        "saw other weights; give that model as --base (what was learned alone), or --w0 original "
+        "(with the quantisation)"
     )
 
 

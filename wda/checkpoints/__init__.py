@@ -20,7 +20,7 @@ from wda.checkpoints.mlx import MlxCheckpoint
 from wda.checkpoints.nemo import NemoCheckpoint
 from wda.checkpoints.nvlabs import NvlabsCheckpoint
 from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
-from wda.checkpoints.torchtune import TorchtuneCheckpoint
+from wda.checkpoints.torchtune import TorchtuneCheckpoint, TorchtuneModel
 from wda.checkpoints.trained_on import TrainedOn
 from wda.checkpoints.vl_bart import VlBartCheckpoint
 from wda.errors import CheckpointError, blaming
@@ -46,6 +46,7 @@ LAYOUTS: tuple[type[Checkpoint], ...] = (
     FsdpQloraCheckpoint,
     NemoCheckpoint,
     TorchtuneCheckpoint,
+    TorchtuneModel,
     LitGptAdapter,
     LitGptModel,
     LoralibCheckpoint,

@@ -15,14 +15,18 @@ from wda.places import Place
 
 # Accelerate puts the model's distributed checkpoint into a folder of the training's.
 _DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
+_ONLY = "-00001-of-00001"
 _RANK_FILE = "pytorch_model_fsdp_rank0.bin"
-# A model of llama.cpp, or a variant of Hugging Face's: files of any name between these.
+# A model of llama.cpp, a variant of Hugging Face's, or torchtune's only shard, which has no index:
+# files of any name between these.
 _SINGLE = (
     f"*{ENDING}",
     "model.safetensors.index.*.json",
     "pytorch_model.bin.index.*.json",
     "model.*.safetensors",
     "pytorch_model.*.bin",
+    f"*model{_ONLY}.bin",
+    f"*model{_ONLY}.safetensors",
 )
 _STEP = re.compile(r"global_step\d+")
 
@@ -60,7 +64,7 @@ def container_in(folder: Place) -> Place | None:
 def _single_files(folder: Path) -> list[Path]:
     """Give the files of a folder that each are a model, without the shards that an index names."""
     found = (file for pattern in _SINGLE for file in sorted(folder.glob(pattern)))
-    return [file for file in found if "-of-" not in file.name]
+    return [file for file in found if "-of-" not in file.name.replace(_ONLY, "")]
 
 
 def open_container(path: Place) -> Tensors:

@@ -17,10 +17,11 @@ import yaml
 
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import sort_names
-from wda.checkpoints.forms import Factors, Form
+from wda.checkpoints.forms import Factors, Form, Stored
 from wda.checkpoints.found import Found
 from wda.checkpoints.full import FullCheckpoint
-from wda.checkpoints.fused_forms import BlockDiagonal, Rows, Share, behind
+from wda.checkpoints.fused_forms import BlockDiagonal, Reordered, Rows, Share, behind
+from wda.checkpoints.respelled import RespelledModel
 from wda.errors import CheckpointError
 from wda.fused import ATTENTION, parts
 from wda.naming import align
@@ -31,10 +32,20 @@ _MODEL, _SETTINGS = "model_config.yaml", "hyperparameters.yaml"
 _ENDINGS = {"A": re.compile(r"\.lora_A$"), "B": re.compile(r"\.lora_B$")}
 _FUSED = re.compile(r"\.attn\.(qkv|attn)$")
 _LAYER = re.compile(r"^transformer\.h\.(\d+)\.(.+)$")
+_FUSED_HERE = {"attn.qkv", "attn.attn"}
+# What Hugging Face fuses for some models → what it holds here.
+_FUSED_AS = {
+    "self_attn.qkv_proj": ("attn.qkv", "attn.attn"),
+    "mlp.gate_up_proj": ("mlp.fc_1", "mlp.fc_2"),
+}
 _LABELS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 # What LitGPT calls the modules of a Llama → Hugging Face's names.
 _HUGGING_FACE = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.ln_f": "model.norm",
+    "norm_1": "input_layernorm",
+    "norm_2": "post_attention_layernorm",
     "attn.proj": "self_attn.o_proj",
     "mlp.fc_1": "mlp.gate_proj",
     "mlp.fc_2": "mlp.up_proj",
@@ -47,7 +58,7 @@ _HUGGING_FACE = {
 }
 
 
-class LitGptModel(FullCheckpoint):
+class LitGptModel(RespelledModel):
     """A folder with ``lit_model.pth``: a base, or a full fine-tuning of it."""
 
     layout = "LitGPT model"
@@ -69,6 +80,43 @@ class LitGptModel(FullCheckpoint):
             old = any(name.endswith(".attn.attn.weight") for name in self.tensors)
             self._config = _in_their_words(_read_yaml(folder / _MODEL), old)
         return self._config
+
+    def paths_in(self, base: FullCheckpoint) -> Mapping[str, str] | None:
+        """Give Hugging Face's path of every module of a Llama, whose projections may be fused."""
+        if any(map(_FUSED.search, base.modules)):
+            return None
+        fused = [word for word in _FUSED_AS if any(m.endswith(f".{word}") for m in base.modules)]
+        held = {here for word in fused for here in _FUSED_AS[word]}
+        paths, layers = {}, set()
+        for module in sorted(self.modules):
+            layer = _LAYER.match(module)
+            inner = layer.group(2) if layer else module
+            layers |= {layer.group(1)} if layer else set()
+            if inner not in held:
+                labels = ATTENTION if inner in _FUSED_HERE else ()
+                for own in [f"{module}.{label}" for label in labels] or [module]:
+                    paths[own] = _hugging_face_name(own) or own
+        return paths | {
+            f"transformer.h.{n}.{word}": f"model.layers.{n}.{word}"
+            for word in fused
+            for n in sorted(layers)
+        }
+
+    def pieces(self, module: str) -> tuple[Stored, ...]:
+        """Give the tensors, or rows of the fused one, of a module of either layout."""
+        layer = _LAYER.match(module)
+        if module in self.modules or layer is None:
+            return super().pieces(module)
+        start, inner = f"transformer.h.{layer.group(1)}", layer.group(2)
+        if inner == "mlp.gate_up_proj":
+            return tuple(
+                Stored(self.tensors, f"{start}.mlp.{fc}.weight") for fc in ("fc_1", "fc_2")
+            )
+        whole = next(name for name in _FUSED_HERE if f"{start}.{name}.weight" in self.tensors)
+        places, _ = _places(self.config, whole.rpartition(".")[2])
+        labels = ATTENTION if inner == "self_attn.qkv_proj" else (inner.rpartition(".")[2],)
+        order = tuple(rows for label in labels for rows in places[label])
+        return (Reordered(self.tensors, f"{start}.{whole}.weight", order=order),)
 
 
 class LitGptAdapter(Adapter):
@@ -144,7 +192,7 @@ def _hugging_face_name(module: str) -> str | None:
     if _FUSED.search(module):
         return None
     if (layer := _LAYER.match(module)) is None:
-        return module
+        return _HUGGING_FACE.get(module, module)
     inner = _HUGGING_FACE.get(layer.group(2), layer.group(2))
     return f"model.layers.{layer.group(1)}.{inner}"
 

@@ -1,8 +1,9 @@
-"""LoRA and DoRA adapters as torchtune writes them, in its own layout and in PEFT's.
+"""LoRA, DoRA and whole models as torchtune writes them, adapters in PEFT's layout too.
 
-Its own keys end in ``lora_a.weight`` (rank, in), ``lora_b.weight`` (out, rank) and ``magnitude``
-(out,). For Llama, Mistral and Gemma it keeps the rows of q and k with the two halves of every head
-one among the other. Its export in PEFT's layout brings B back to Hugging Face's order, but not the
+An adapter's own keys end in ``lora_a.weight`` (rank, in), ``lora_b.weight`` (out, rank) and
+``magnitude`` (out,). For Llama, Mistral and Gemma it keeps the rows of q and k with the two halves
+of every head one among the other; a whole model does not say which it is, and the base has to. The
+export in PEFT's layout brings B back to Hugging Face's order, but not the
 magnitudes; and it does so for Qwen too, whose rows never were in another order.
 """
 
@@ -16,8 +17,11 @@ from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import Names, sort_names
 from wda.checkpoints.forms import Decomposed, Factors, Form, Stored
 from wda.checkpoints.found import CONFIG_FILE, Found
+from wda.checkpoints.full import FullCheckpoint
 from wda.checkpoints.fused_forms import Reordered, Rows, Share
+from wda.checkpoints.respelled import RespelledModel
 from wda.errors import CheckpointError
+from wda.places import Place
 
 _OWN = {
     "A": re.compile(r"\.lora_a\.weight$"),
@@ -39,6 +43,16 @@ _WORDS = {
     "w2": "down_proj",
     "w3": "up_proj",
 }
+_OUTSIDE = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
+_MODEL = re.compile(r"layers\.\d+\.attn\.output_proj\.weight")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_TURNED = (".attn.q_proj", ".attn.k_proj")
+# What Hugging Face fuses for some models → what it holds here.
+_FUSED = {
+    "self_attn.qkv_proj": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.w1", "mlp.w3"),
+}
+
 # model_type in a config.json → whether torchtune pairs the rows of queries and keys that its rotary
 # embedding turns together as neighbours.
 PAIRED = {
@@ -85,12 +99,62 @@ class TorchtuneCheckpoint(Adapter):
         return cls(found, found.tensors, forms, method, names.frozen, base)
 
 
+class TorchtuneModel(RespelledModel):
+    """The file of a whole model in torchtune's own names, or the folder of an epoch with one."""
+
+    layout = "torchtune model"
+    evidence = "names such as layers.0.attn.output_proj.weight"
+    step_files = TorchtuneCheckpoint.step_files
+
+    @classmethod
+    def open(cls, found: Found) -> Self | None:
+        """Open what has torchtune's names."""
+        if found.file is None or not any(map(_MODEL.fullmatch, found.tensors)):
+            return None
+        return cls(found, found.tensors)
+
+    def paths_in(self, base: FullCheckpoint) -> Mapping[str, str] | None:
+        """Give Hugging Face's path of every module; projections that it fuses are one."""
+        if any(_MODEL.fullmatch(f"{module}.weight") for module in base.modules):
+            return None
+        fused = [word for word in _FUSED if any(m.endswith(f".{word}") for m in base.modules)]
+        parts = {part for word in fused for part in _FUSED[word]}
+        apart = [m for m in sorted(self.modules) if m.split(".", 2)[-1] not in parts]
+        layers = {m.group(1) for m in map(_LAYER.match, self.modules) if m}
+        return {module: _hugging_face_name(module) for module in apart} | {
+            f"layers.{n}.{word}": f"model.layers.{n}.{word}" for n in layers for word in fused
+        }
+
+    def pieces(self, module: str) -> tuple[Stored, ...]:
+        """Give the tensors of a module, which are several where Hugging Face fuses them."""
+        layer = _LAYER.match(module)
+        parts = _FUSED.get(layer.group(2), ()) if layer else ()
+        if layer is None or not parts:
+            return super().pieces(module)
+        start = f"layers.{layer.group(1)}"
+        return tuple(Stored(self.tensors, f"{start}.{part}.weight") for part in parts)
+
+    def placed(self, module: str, base: FullCheckpoint) -> tuple[Stored, ...]:
+        """Give queries and keys in Hugging Face's order of rows, which depends on the model."""
+        (first, *others) = self.pieces(module)
+        if not module.endswith(_TURNED) or self.paths_in(base) is None:
+            return (first, *others)
+        paired, halves = _order_of(base.config, base.path)(first.shape[0])
+        return (_reordered(first, halves) if paired else first,)
+
+    def gathers(self, module: str) -> bool:
+        """Tell whether rows of a module are picked from whole tensors."""
+        return module.endswith(_TURNED) or super().gathers(module)
+
+    def meaning(self, module: str) -> tuple[object, ...] | None:
+        """Give what all models tell; nothing where the base tells the order of rows."""
+        return None if module.endswith(_TURNED) else super().meaning(module)
+
+
 def _hugging_face_name(module: str) -> str:
     """Give Hugging Face's name of one of torchtune's modules."""
-    if module == "output":
-        return "lm_head"
     if not module.startswith("layers."):
-        return module
+        return _OUTSIDE.get(module, module)
     return ".".join(["model", *(_WORDS.get(word, word) for word in module.split("."))])
 
 
@@ -101,11 +165,15 @@ def _require_all(names: Names) -> None:
 
 def _heads(found: Found) -> Callable[[int], tuple[bool, Rows]]:
     """Tell of so many rows whether torchtune interleaves them, and how Hugging Face's lie there."""
-    config: Mapping[str, Any] = found.json("config.json")
+    return _order_of(found.json("config.json"), found.folder)
+
+
+def _order_of(config: Mapping[str, Any], place: Place) -> Callable[[int], tuple[bool, Rows]]:
+    """Tell the same by a ``config.json``, which lies at a place."""
     kind, size = str(config.get("model_type")), head_size(config)
     if kind not in PAIRED or not size:
         raise CheckpointError(
-            f"{found.folder}: the order of torchtune's rows of q and k depends on the model, and "
+            f"{place}: the order of torchtune's rows of q and k depends on the model, and "
             f"is known for {', '.join(PAIRED)}, by the size of a head; the config.json in this "
             f"folder says {config.get('model_type')!r} and {size or 'no size'}; copy the base's "
             "here if it is not"
@@ -114,7 +182,7 @@ def _heads(found: Found) -> Callable[[int], tuple[bool, Rows]]:
     def order(rows: int) -> tuple[bool, Rows]:
         if rows % size:
             raise CheckpointError(
-                f"{found.folder}: q or k has {rows} rows, which are no heads of {size}, as "
+                f"{place}: q or k has {rows} rows, which are no heads of {size}, as "
                 "config.json says; copy the base's here if it is not"
             )
         starts = range(0, rows, size)

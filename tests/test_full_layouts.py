@@ -187,6 +187,61 @@ def test_gguf_of_an_architecture_is_read_as_transformers_reads_it(
         assert torch.equal(tensors.read(name).float(), read[name]), name
 
 
+OTHERS = {
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 32}),
+    "falcon": ("falcon", {"multi_query": True, "num_key_value_heads": 1}),
+    "gemma3": ("gemma3_text", {}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}),
+    "nemotron": ("nemotron", {}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "qwen2moe": (
+        "qwen2_moe",
+        {"num_experts": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3moe": ("qwen3_moe", {"num_experts": 3, "moe_intermediate_size": 16}),
+    "stablelm": ("stablelm", {}),
+    "starcoder2": ("starcoder2", {}),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_gguf_of_other_names_and_orders(architecture: str, tmp_path: Path) -> None:
+    """Every matrix is what transformers' own loader gives under its name."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    write = maker("gguf_file")
+    kind, own = OTHERS[architecture]
+    common = {} if kind in ("gpt2", "bloom") else {**write.SHAPES, "head_dim": 8}
+    if kind == "falcon":
+        del common["head_dim"]
+    config = AutoConfig.for_model(kind, vocab_size=24, **{**common, **own})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    write.write(tmp_path / "model.gguf", model, architecture)
+    held = load_gguf_checkpoint(
+        str(tmp_path / "model.gguf"), return_tensors=True, model_to_load=model
+    )["tensors"]
+    expected = {}
+    for name, value in held.items():
+        path, _, last = name.rpartition(".")
+        if value.ndim == 3:  # of all experts, which a file has apart
+            labels = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+            for label, part in zip(labels, value.chunk(len(labels), dim=1), strict=True):
+                for expert, weight in enumerate(part):
+                    expected[f"{path}.{expert}.{label}.weight"] = weight
+        elif value.ndim == 2:
+            expected[name] = value
+    tensors = open_base(tmp_path).tensors
+    assert len(expected) >= 9
+    assert {n for n, t in tensors.items() if len(t.shape) > 1} == set(expected)
+    for name, weight in expected.items():
+        assert tensors[name].shape == tuple(weight.shape)
+        assert torch.equal(tensors.read(name).float(), weight.float()), name
+        some = slice(1, 5) if "gate" not in name else slice(0, 1)
+        assert torch.equal(tensors.read(name, rows=[some]).float(), weight[some].float()), name
+
+
 @pytest.mark.slow
 def test_a_model_of_llama_cpp_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -223,7 +278,7 @@ def written(folder: Path, architecture: str, kind: str = "model") -> Path:
 
 
 def test_gguf_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="its architecture is bert; of GGUF, those are read"):
+    with pytest.raises(CheckpointError, match="its architecture is bert; of GGUF, these are read"):
         open_checkpoint(written(tmp_path, "bert"))
     with pytest.raises(CheckpointError, match="is an adapter, which says neither"):
         open_checkpoint(written(tmp_path, "llama", "adapter"))

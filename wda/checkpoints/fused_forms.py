@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -206,7 +205,11 @@ def unstacked(tensors: Tensors, names: Callable[[str, int], str | None]) -> Tens
 
 
 def _slice_of(index: int, sources: Sequence[Entry]) -> Entry:
-    (entry,) = sources
+    return slice_of(index, *sources)
+
+
+def slice_of(index: int, entry: Entry) -> Entry:
+    """Give the entry of a slice of a tensor that stacks several."""
     return Entry(
         entry.shape[1:],
         entry.file,

@@ -1,14 +1,15 @@
 """GGUF files of llama.cpp, under the names and in the order of transformers.
 
 The types of numbers, packed or not, are those of the package ``gguf``, which reads them. llama.cpp
-orders the output features of a llama's queries and keys for its own way of rotating them; here they
-are in the order of the model they were made from.
+orders the output features of some models' projections for its own way of using them, and stacks
+experts; here they are as in the model they were made from.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,84 @@ import torch
 from torch import Tensor
 
 from wda.checkpoints.entry import Entry, WeightFile, state_of
-from wda.checkpoints.tensors import Tensors, damaged
+from wda.checkpoints.fused_forms import slice_of
+from wda.checkpoints.tensors import ALL, Tensors, damaged
 from wda.errors import CheckpointError, MissingExtraError
 
 ENDING = ".gguf"
 
-# Architectures whose matrices bear llama's names in transformers.
-_ARCHITECTURES = ("gemma2", "llama", "qwen2", "qwen3")
-_REORDERED = ("llama",)
-
-_NAMES = {
+_LAYERS = "model.layers.{}."
+_LLAMA = {
     "token_embd": "model.embed_tokens",
     "output": "lm_head",
     "output_norm": "model.norm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "attn_q": f"{_LAYERS}self_attn.q_proj",
+    "attn_k": f"{_LAYERS}self_attn.k_proj",
+    "attn_v": f"{_LAYERS}self_attn.v_proj",
+    "attn_output": f"{_LAYERS}self_attn.o_proj",
+    "ffn_gate": f"{_LAYERS}mlp.gate_proj",
+    "ffn_up": f"{_LAYERS}mlp.up_proj",
+    "ffn_down": f"{_LAYERS}mlp.down_proj",
 }
+_HEADED = {
+    "token_embd": "transformer.word_embeddings",
+    "output": "lm_head",
+    "output_norm": "transformer.ln_f",
+    "attn_qkv": "transformer.h.{}.self_attention.query_key_value",
+    "attn_output": "transformer.h.{}.self_attention.dense",
+    "ffn_up": "transformer.h.{}.mlp.dense_h_to_4h",
+    "ffn_down": "transformer.h.{}.mlp.dense_4h_to_h",
+}
+# One tensor holds this matrix of all experts; transformers' files have each apart.
+_EXPERTS = {
+    f"ffn_{kind}_exps": f"{_LAYERS}mlp.experts.{{}}.{kind}_proj" for kind in ("gate", "up", "down")
+}
+_MIXTURE = {
+    **_LLAMA,
+    "ffn_gate_inp": f"{_LAYERS}mlp.gate",
+    "ffn_gate_inp_shexp": f"{_LAYERS}mlp.shared_expert_gate",
+    **{
+        f"ffn_{kind}_shexp": f"{_LAYERS}mlp.shared_expert.{kind}_proj"
+        for kind in ("gate", "up", "down")
+    },
+}
+
+# Architecture → what its tensors are called in transformers, by their names in llama.cpp.
+_ARCHITECTURES: dict[str, dict[str, str]] = {
+    "bloom": _HEADED,
+    "falcon": _HEADED,
+    "gemma2": _LLAMA,
+    "gemma3": _LLAMA,
+    "gpt2": {
+        "token_embd": "transformer.wte",
+        "position_embd": "transformer.wpe",
+        "output": "lm_head",
+        "output_norm": "transformer.ln_f",
+        "attn_qkv": "transformer.h.{}.attn.c_attn",
+        "attn_output": "transformer.h.{}.attn.c_proj",
+        "ffn_up": "transformer.h.{}.mlp.c_fc",
+        "ffn_down": "transformer.h.{}.mlp.c_proj",
+    },
+    "llama": _LLAMA,
+    "nemotron": _LLAMA,
+    "phi3": {
+        **_LLAMA,
+        "attn_qkv": f"{_LAYERS}self_attn.qkv_proj",
+        "ffn_up": f"{_LAYERS}mlp.gate_up_proj",
+    },
+    "qwen2": _LLAMA,
+    "qwen2moe": _MIXTURE,
+    "qwen3": _LLAMA,
+    "qwen3moe": _MIXTURE,
+    "stablelm": _LLAMA,
+    "starcoder2": {
+        **_LLAMA,
+        "ffn_up": f"{_LAYERS}mlp.c_fc",
+        "ffn_down": f"{_LAYERS}mlp.c_proj",
+    },
+}
+# What transformers stores as (in, out), which llama.cpp does not.
+_TURNED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 
@@ -74,19 +132,34 @@ def open_gguf(path: Path) -> Tensors:
         )
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: its architecture is {architecture}; of GGUF, those are read that are named "
-            f"as llama is: {', '.join(_ARCHITECTURES)}; give the model it was converted from"
+            f"{path}: its architecture is {architecture}; of GGUF, these are read: "
+            f"{', '.join(_ARCHITECTURES)}; give the model it was converted from"
         )
     heads = told(f"{architecture}.attention.head_count")
     of_keys = told(f"{architecture}.attention.head_count_kv")
+    of_keys = heads if of_keys is None else of_keys
+    if architecture == "falcon" and of_keys != 1:
+        raise CheckpointError(
+            f"{path}: llama.cpp reorders the groups of queries, keys and values of a Falcon with "
+            f"{of_keys} heads of keys, and nothing here knows how for sure; give the model it was "
+            "converted from"
+        )
     entries = {}
     for tensor in reader.tensors:
-        counts = {"attn_q": heads, "attn_k": heads if of_keys is None else of_keys}
         match = _NAME.fullmatch(tensor.name)
-        turned = counts.get(match[2]) if match and architecture in _REORDERED else None
-        if isinstance(turned, list) and match:
-            turned = turned[int(match[1])]
-        entries[_name(tensor.name)] = _entry(tensor, path, gguf.dequantize, turned)
+        layer, kind, ending = match.groups() if match else (None, tensor.name, "")
+        n = int(layer or 0)  # the number of heads may differ from layer to layer
+        counts = tuple(of[n] if isinstance(of, list) else of for of in (heads, of_keys))
+        turned = architecture == "gpt2" and kind in _TURNED and ending == "weight"
+        entry = _entry(tensor, path, gguf.dequantize, _order(architecture, kind, counts), turned)
+        if kind in _EXPERTS and _ARCHITECTURES[architecture] is _MIXTURE:
+            for expert in range(entry.shape[0]):
+                name = _EXPERTS[kind].format(layer, expert)
+                entries[f"{name}.{ending}"] = slice_of(expert, entry)
+        else:
+            theirs = _ARCHITECTURES[architecture].get(kind)
+            name = f"{theirs.format(layer)}.{ending}" if theirs else tensor.name
+            entries[name] = _as_row(entry) if kind == "ffn_gate_inp_shexp" else entry
     file = WeightFile(path, entries, int(reader.data_offset), state)
     return Tensors(dict.fromkeys(entries, path), path, [file])
 
@@ -98,31 +171,48 @@ def packed_as(tensors: Tensors) -> str | None:
     return max(sorted(set(packed)), key=packed.count) if packed else None
 
 
-def _name(name: str) -> str:
-    """Give a tensor's name in transformers; one that has none there keeps its own."""
-    match = _NAME.fullmatch(name)
-    if match is None or match[2] not in _NAMES:
-        return name
-    layer = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
+def _as_row(entry: Entry) -> Entry:
+    """Give the entry of a vector as a matrix of one row, which it is in transformers."""
+    shape = entry.shape if len(entry.shape) > 1 else (1, *entry.shape)
+    return replace(entry, shape=shape, read=lambda rows: entry.read(ALL).reshape(shape)[rows])
 
 
-def _entry(tensor: Any, path: Path, dequantize: Callable[..., Any], heads: int | None) -> Entry:
-    """Give the entry of a tensor, whose output features may be ordered for rotating them."""
+def _order(architecture: str, kind: str, heads: tuple[int, int]) -> Callable[[int], Tensor] | None:
+    """Tell how llama.cpp orders the output features of a tensor, if in an order of its own.
+
+    Of a llama's queries and keys it puts the halves of a head into pairs; of a Bloom's it lays all
+    queries before all keys, which transformers has head by head.
+    """
+    if architecture == "llama" and kind in ("attn_q", "attn_k"):
+        count = heads[kind == "attn_k"]
+        return lambda out: torch.arange(out).view(count, -1, 2).transpose(1, 2).flatten()
+    if architecture == "bloom" and kind == "attn_qkv":
+        return lambda out: torch.arange(out).view(3, heads[0], -1).transpose(0, 1).flatten()
+    return None
+
+
+def _entry(
+    tensor: Any,
+    path: Path,
+    dequantize: Callable[..., Any],
+    order: Callable[[int], Tensor] | None,
+    turned: bool,
+) -> Entry:
+    """Give the entry of a tensor in transformers' order of its output features."""
     shape = tuple(int(size) for size in tensor.shape[::-1])
-    order = None if heads is None else _order(shape[0], heads)
+    kind = tensor.tensor_type
+    places = order(shape[0]) if order else None
+
+    def values(rows: slice) -> Tensor:
+        stored = tensor.data[rows] if places is None else tensor.data[places[rows].numpy()]
+        if kind.name not in ("F16", "F32", "F64"):
+            stored = dequantize(stored, kind)
+        return torch.from_numpy(stored.copy())
 
     def read(rows: slice) -> Tensor:
-        stored = tensor.data[rows] if order is None else tensor.data[order[rows].numpy()]
-        kind = tensor.tensor_type
-        if kind.name in ("F16", "F32", "F64"):
-            return torch.from_numpy(stored.copy())
-        return torch.from_numpy(dequantize(stored, kind).copy())
+        return values(ALL).T[rows] if turned else values(rows)
 
-    stored = f"{tensor.tensor_type.name.lower()} {tensor.data_offset} {heads}"
-    return Entry(shape, path, read, 4 * int(tensor.n_elements), stored)
-
-
-def _order(out: int, heads: int) -> Tensor:
-    """Tell where each output feature lies: llama.cpp puts the halves of a head into pairs."""
-    return torch.arange(out).view(heads, out // heads // 2, 2).transpose(1, 2).flatten()
+    # The same bytes in another order, or turned, are another tensor.
+    second = None if places is None else int(places[1])
+    stored = f"{kind.name.lower()} {tensor.data_offset} {second} {turned}"
+    return Entry(shape[::-1] if turned else shape, path, read, 4 * int(tensor.n_elements), stored)

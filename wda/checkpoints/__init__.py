@@ -13,6 +13,7 @@ from wda.checkpoints.forms import Form
 from wda.checkpoints.found import WEIGHT_FILES, Found
 from wda.checkpoints.fsdp_qlora import FsdpQloraCheckpoint
 from wda.checkpoints.full import FullCheckpoint
+from wda.checkpoints.gguf_adapter import GgufAdapter
 from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.litgpt import LitGptAdapter, LitGptModel
 from wda.checkpoints.loralib import LoralibCheckpoint
@@ -42,6 +43,7 @@ __all__ = [
 
 # The first layout that recognises a folder reads it; the more telling ones come first.
 LAYOUTS: tuple[type[Checkpoint], ...] = (
+    GgufAdapter,
     VlBartCheckpoint,
     FsdpQloraCheckpoint,
     NemoCheckpoint,

@@ -8,8 +8,9 @@ experts; here they are as in the model they were made from.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +96,28 @@ _ARCHITECTURES: dict[str, dict[str, str]] = {
 }
 # What transformers stores as (in, out), which llama.cpp does not.
 _TURNED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+# What a file says beside its tensors.
+TYPE, ARCHITECTURE, ADAPTER = "general.type", "general.architecture", "adapter"
+KIND, ALPHA, INVOKED = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+_TOLD = (TYPE, ARCHITECTURE, KIND, ALPHA, INVOKED)
+# Architectures whose adapters llama.cpp's converter leaves in order, or orders as a llama's.
+OF_ADAPTERS = tuple(
+    name
+    for name in _ARCHITECTURES
+    if name not in ("bloom", "falcon", "gpt2", "qwen2moe", "qwen3moe")
+)
+_FACTOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight\.(lora_[ab])")
+_Make = Callable[..., Entry]
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 
 def open_gguf(path: Path) -> Tensors:
-    """Open a GGUF file of a whole model.
+    """Open a GGUF file of a whole model, or of an adapter.
 
     Raises
     ------
     CheckpointError
-        When it is damaged, an adapter, or of an architecture whose names are not known.
+        When it is damaged, or of an architecture whose names are not known.
     MissingExtraError
         When the package ``gguf`` is not installed.
     """
@@ -124,34 +137,70 @@ def open_gguf(path: Path) -> Tensors:
         field = reader.get_field(key)
         return None if field is None else field.contents()
 
-    architecture = told("general.architecture")
-    if told("general.type") == "adapter":
+    metadata = {key: str(value) for key in _TOLD if (value := told(key)) is not None}
+    is_adapter = metadata.get(TYPE) == ADAPTER
+    known = OF_ADAPTERS if is_adapter else tuple(_ARCHITECTURES)
+    if (architecture := str(metadata.get(ARCHITECTURE))) not in known:
         raise CheckpointError(
-            f"{path}: is an adapter, which says neither its patterns of alpha nor the number of "
-            "heads; give the adapter that it was converted from"
+            f"{path}: its architecture is {architecture}; of GGUF, "
+            f"{'adapters of these' if is_adapter else 'these'} are read: {', '.join(known)}; give "
+            f"the {'adapter' if is_adapter else 'model'} it was converted from"
         )
-    if architecture not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"{path}: its architecture is {architecture}; of GGUF, these are read: "
-            f"{', '.join(_ARCHITECTURES)}; give the model it was converted from"
-        )
+    make = partial(_entry, path, gguf.dequantize)
+    if is_adapter:
+        entries = _of_adapter(reader.tensors, architecture, make)
+    else:
+        heads = _heads(path, architecture, told)
+        entries = _of_model(reader.tensors, architecture, heads, make)
+    file = WeightFile(path, entries, int(reader.data_offset), state, metadata)
+    return Tensors(dict.fromkeys(entries, path), path, [file])
+
+
+def packed_as(tensors: Tensors) -> str | None:
+    """Tell the type of most of a model's packed tensors; None where none is packed."""
+    if tensors.metadata.get(TYPE) == ADAPTER:
+        return None
+    types = [tensors[name].stored.split()[0] for name in tensors]
+    packed = [kind for kind in types if kind not in ("f16", "bf16", "f32", "f64")]
+    return max(sorted(set(packed)), key=packed.count) if packed else None
+
+
+def _of_adapter(tensors: Iterable[Any], architecture: str, make: _Make) -> dict[str, Entry]:
+    """Give an adapter's factors under transformers' names of modules, in the file's order."""
+    entries = {}
+    for tensor in tensors:
+        match = _FACTOR.fullmatch(tensor.name)
+        theirs = _ARCHITECTURES[architecture].get(match[2]) if match else None
+        name = f"{theirs.format(match[1])}.{match[3]}" if theirs and match else tensor.name
+        entries[name] = make(tensor)
+    return entries
+
+
+def _heads(path: Path, architecture: str, told: Callable[[str], Any]) -> tuple[Any, Any]:
+    """Give the numbers of heads of queries and of keys, each one number or one per layer."""
     heads = told(f"{architecture}.attention.head_count")
     of_keys = told(f"{architecture}.attention.head_count_kv")
     of_keys = heads if of_keys is None else of_keys
     if architecture == "falcon" and of_keys != 1:
         raise CheckpointError(
-            f"{path}: llama.cpp reorders the groups of queries, keys and values of a Falcon with "
-            f"{of_keys} heads of keys, and nothing here knows how for sure; give the model it was "
-            "converted from"
+            f"{path}: a Falcon with {of_keys} heads of keys, whose groups of queries, keys and "
+            "values llama.cpp reorders, is not read; give the model it was converted from"
         )
+    return heads, of_keys
+
+
+def _of_model(
+    tensors: Iterable[Any], architecture: str, heads: tuple[Any, Any], make: _Make
+) -> dict[str, Entry]:
+    """Give a model's tensors under transformers' names and in its order."""
     entries = {}
-    for tensor in reader.tensors:
+    for tensor in tensors:
         match = _NAME.fullmatch(tensor.name)
         layer, kind, ending = match.groups() if match else (None, tensor.name, "")
         n = int(layer or 0)  # the number of heads may differ from layer to layer
-        counts = tuple(of[n] if isinstance(of, list) else of for of in (heads, of_keys))
+        counts = tuple(of[n] if isinstance(of, list) else of for of in heads)
         turned = architecture == "gpt2" and kind in _TURNED and ending == "weight"
-        entry = _entry(tensor, path, gguf.dequantize, _order(architecture, kind, counts), turned)
+        entry = make(tensor, _order(architecture, kind, counts), turned)
         if kind in _EXPERTS and _ARCHITECTURES[architecture] is _MIXTURE:
             for expert in range(entry.shape[0]):
                 name = _EXPERTS[kind].format(layer, expert)
@@ -160,15 +209,7 @@ def open_gguf(path: Path) -> Tensors:
             theirs = _ARCHITECTURES[architecture].get(kind)
             name = f"{theirs.format(layer)}.{ending}" if theirs else tensor.name
             entries[name] = _as_row(entry) if kind == "ffn_gate_inp_shexp" else entry
-    file = WeightFile(path, entries, int(reader.data_offset), state)
-    return Tensors(dict.fromkeys(entries, path), path, [file])
-
-
-def packed_as(tensors: Tensors) -> str | None:
-    """Tell the type of most of a file's packed tensors; None where none is packed."""
-    types = [tensors[name].stored.split()[0] for name in tensors]
-    packed = [kind for kind in types if kind not in ("f16", "bf16", "f32", "f64")]
-    return max(sorted(set(packed)), key=packed.count) if packed else None
+    return entries
 
 
 def _as_row(entry: Entry) -> Entry:
@@ -192,11 +233,11 @@ def _order(architecture: str, kind: str, heads: tuple[int, int]) -> Callable[[in
 
 
 def _entry(
-    tensor: Any,
     path: Path,
     dequantize: Callable[..., Any],
-    order: Callable[[int], Tensor] | None,
-    turned: bool,
+    tensor: Any,
+    order: Callable[[int], Tensor] | None = None,
+    turned: bool = False,
 ) -> Entry:
     """Give the entry of a tensor in transformers' order of its output features."""
     shape = tuple(int(size) for size in tensor.shape[::-1])

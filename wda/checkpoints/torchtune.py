@@ -139,8 +139,8 @@ class TorchtuneModel(RespelledModel):
         (first, *others) = self.pieces(module)
         if not module.endswith(_TURNED) or self.paths_in(base) is None:
             return (first, *others)
-        paired, halves = _order_of(base.config, base.path)(first.shape[0])
-        return (_reordered(first, halves) if paired else first,)
+        paired, apart = _order_of(base.config, base.path)(first.shape[0])
+        return (_reordered(first, apart) if paired else first,)
 
     def gathers(self, module: str) -> bool:
         """Tell whether rows of a module are picked from whole tensors."""
@@ -185,9 +185,7 @@ def _order_of(config: Mapping[str, Any], place: Place) -> Callable[[int], tuple[
                 f"{place}: q or k has {rows} rows, which are no heads of {size}, as "
                 "config.json says; copy the base's here if it is not"
             )
-        starts = range(0, rows, size)
-        halves = tuple(range(s + half, s + size, 2) for s in starts for half in (0, 1))
-        return PAIRED[kind], halves
+        return PAIRED[kind], halves(rows, size)
 
     return order
 
@@ -199,19 +197,24 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     return None if size is None else int(size)
 
 
+def halves(rows: int, size: int) -> Rows:
+    """Tell which rows come one behind the other where those of every head lie pair by pair."""
+    return tuple(range(s + half, s + size, 2) for s in range(0, rows, size) for half in (0, 1))
+
+
 def _in_order(form: Form, order: Callable[[int], tuple[bool, Rows]]) -> Form:
     """Bring a form in torchtune's order of rows to Hugging Face's."""
-    interleaved, halves = order(form.shape[0] or 0)
-    return Share(form, halves) if interleaved else form
+    interleaved, apart = order(form.shape[0] or 0)
+    return Share(form, apart) if interleaved else form
 
 
 def _repaired(form: Form, order: Callable[[int], tuple[bool, Rows]]) -> Form:
     """Undo what the export does to the magnitudes of some models, and to B of the others."""
-    interleaved, halves = order(form.shape[0] or 0)
+    interleaved, apart = order(form.shape[0] or 0)
     factors = form.inner if isinstance(form, Decomposed) else form
     assert isinstance(factors, Factors)
     if not interleaved:
-        size = 2 * len(halves[0])
+        size = 2 * len(apart[0])
         back = tuple(
             range(start + i, start + size, size // 2)
             for start in range(0, form.shape[0] or 0, size)
@@ -220,7 +223,7 @@ def _repaired(form: Form, order: Callable[[int], tuple[bool, Rows]]) -> Form:
         factors = Factors(factors.A, _reordered(factors.B, back), factors.scaling)
     if not isinstance(form, Decomposed):
         return factors
-    magnitude = _reordered(form.magnitude, halves) if interleaved else form.magnitude
+    magnitude = _reordered(form.magnitude, apart) if interleaved else form.magnitude
     return Decomposed(factors, magnitude)
 
 

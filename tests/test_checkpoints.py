@@ -16,8 +16,16 @@ from safetensors.torch import save_file
 
 import wda
 from wda import engine
-from wda.checkpoints import open_base, open_checkpoint
-from wda.errors import CheckpointError, PairingError, SelectionError, WdaError
+from wda.checkpoints import open_base, open_checkpoint, open_named_base
+from wda.errors import (
+    CheckpointError,
+    LocationError,
+    ManifestError,
+    PairingError,
+    SelectionError,
+    WdaError,
+)
+from wda.locations import resolve
 
 
 def numbers(checkpoint: Path, base: Path) -> list[tuple[str, float, float]]:
@@ -381,3 +389,26 @@ def test_files_that_change_or_vanish_while_they_are_read(
         # What is under way when the first unit fails goes on; here it must not into the next case.
         with ThreadPoolExecutor(1) as threads, pytest.raises(CheckpointError, match=message):
             wda.compare(run, base=base, cache=False, executor=threads, progress=False)
+
+
+def test_the_base_is_the_given_one_or_the_one_that_is_named(
+    tmp_path: Path, base: Path, runs: dict[str, Path]
+) -> None:
+    of_lora, of_dora, of_ft = (
+        open_checkpoint(runs[method] / "checkpoint-9") for method in ("lora", "dora", "ft")
+    )
+    location, opened = open_named_base([of_lora, of_ft, of_dora])
+    assert (location, opened.path) == (str(base), base)
+    other = save_model(tmp_path / "other", pico_weights(1))
+    assert open_named_base([of_lora], other)[1].path == other
+    assert open_named_base([of_ft], other, resolve)[0] == str(other)
+    with pytest.raises(LocationError, match="is not known, for none of these checkpoints names it"):
+        open_named_base([of_ft])
+    with pytest.raises(CheckpointError, match="is a PEFT adapter; the base must be a whole model"):
+        open_named_base([], runs["lora"] / "checkpoint-9")
+    of_dora.base = str(other)
+    with pytest.raises(ManifestError, match="the adapters name several bases"):
+        open_named_base([of_lora, of_dora])
+    of_dora.base = str(tmp_path / "gone")
+    with pytest.raises(LocationError, match=r"name .*gone as their base, which is not to be had"):
+        open_named_base([of_dora])

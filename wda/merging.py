@@ -12,18 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wda.checkpoints import Adapter, FullCheckpoint, Given, open_base, open_checkpoint
+from wda.checkpoints import Adapter, FullCheckpoint, Given, open_checkpoint, open_named_base
 from wda.checkpoints.given import NOTHING_GIVEN
 from wda.errors import (
     CheckpointError,
-    LocationError,
     OutputError,
     PairingError,
     blaming,
     listing,
 )
 from wda.files import staged_folder
-from wda.locations import of_model_reference, resolve
+from wda.locations import resolve
 from wda.naming import Matrix, find_matrices, natural_order
 from wda.origins import never_saw
 from wda.progress import progress_bar
@@ -123,10 +122,7 @@ def _open(
         raise CheckpointError(
             f"{adapter}: is a {checkpoint.layout} and no adapter; there is nothing to merge"
         )
-    if base is None and checkpoint.base is None:
-        raise LocationError("base: the adapter names none; give it with --base LOCATION")
-    location = str(base) if base is not None else of_model_reference(str(checkpoint.base))
-    return checkpoint, open_base(resolve(location))
+    return checkpoint, open_named_base([checkpoint], base, resolve)[1]
 
 
 class _Merging:

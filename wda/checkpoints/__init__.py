@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.checkpoint import Checkpoint, step_in
 from wda.checkpoints.diffusion import (
@@ -24,8 +27,9 @@ from wda.checkpoints.peft import MergedPeftCheckpoint, PeftCheckpoint
 from wda.checkpoints.torchtune import TorchtuneCheckpoint, TorchtuneModel
 from wda.checkpoints.trained_on import TrainedOn
 from wda.checkpoints.vl_bart import VlBartCheckpoint
-from wda.errors import CheckpointError, blaming
-from wda.places import Place
+from wda.errors import CheckpointError, LocationError, ManifestError, blaming, listing
+from wda.locations import locate, of_model_reference
+from wda.places import Place, shown
 from wda.remote import RemotePlace
 
 __all__ = [
@@ -38,6 +42,7 @@ __all__ = [
     "TrainedOn",
     "open_base",
     "open_checkpoint",
+    "open_named_base",
     "step_in",
 ]
 
@@ -110,3 +115,60 @@ def open_base(path: Place) -> FullCheckpoint:
     if not isinstance(base, FullCheckpoint):
         raise CheckpointError(f"{path}: is a {base.layout}; the base must be a whole model")
     return base
+
+
+def open_named_base(
+    checkpoints: Iterable[Checkpoint],
+    given: str | Path | None = None,
+    find: Callable[[str | Path], Place] = locate,
+) -> tuple[str, FullCheckpoint]:
+    """Open the base that checkpoints are compared with: the given one, or the one that they name.
+
+    Parameters
+    ----------
+    checkpoints : iterable of Checkpoint
+        The checkpoints.
+    given : path or location, optional
+        What the user says, which counts before what they name.
+    find : callable
+        Gives the place of a location: :func:`wda.locations.locate`, or
+        :func:`wda.locations.resolve` where all of it is needed on this machine.
+
+    Returns
+    -------
+    location : str
+        Where it lies.
+    base : FullCheckpoint
+        The model.
+
+    Raises
+    ------
+    LocationError
+        When nothing is given and none of them names one, or it is not to be had.
+    ManifestError
+        When they name several.
+    CheckpointError
+        When it is not a whole model.
+    """
+    if given is not None:
+        return str(given), open_base(find(given))
+    named = sorted({checkpoint.base for checkpoint in checkpoints if checkpoint.base})
+    if len(named) > 1:
+        raise ManifestError(
+            f"base: the adapters name several bases ({listing(map(shown, named))}); compare runs "
+            "of one base at a time, or give the right one with --base"
+        )
+    if not named:
+        raise LocationError(
+            "base: the pre-trained model is not known, for none of these checkpoints names it; "
+            "give it with --base LOCATION"
+        )
+    location = of_model_reference(named[0])
+    try:
+        place = find(location)
+    except LocationError as error:
+        raise LocationError(
+            f"base: the adapters name {shown(named[0])} as their base, which is not to be had "
+            f"({error}); give it with --base LOCATION"
+        ) from None
+    return location, open_base(place)

@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from wda.checkpoints import Adapter, Checkpoint, FullCheckpoint, open_base
+from wda.checkpoints import Adapter, Checkpoint, FullCheckpoint, open_named_base
 from wda.checkpoints.forms import Decomposed, Factors, Form, Nothing, Stored, Wanted, Whole
 from wda.checkpoints.found import Found
 from wda.checkpoints.fused_forms import BlockDiagonal, Share
 from wda.checkpoints.peft import PeftCheckpoint
 from wda.conversion.change import Change, Weight, truncated
 from wda.errors import ConversionError
-from wda.locations import locate, of_model_reference
 from wda.naming import Matrix, find_matrices, pick
 from wda.rows import Lazy
 
@@ -62,14 +61,12 @@ class Source:
 
     @Lazy
     def _base(self) -> FullCheckpoint:
-        if self.given_base is not None:
-            return open_base(locate(self.given_base))
-        if self.adapter.base is None:
+        if self.given_base is None and self.adapter.base is None:
             raise ConversionError(
                 f"{self.adapter.path}: {self._why} needs the base, which the adapter does not "
                 "name; give it with --base LOCATION"
             )
-        return open_base(locate(of_model_reference(self.adapter.base)))
+        return open_named_base([self.adapter], self.given_base)[1]
 
     @property
     def _opened(self) -> FullCheckpoint | None:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from wda.checkpoints import Checkpoint, FullCheckpoint, Given, open_base
+from wda.checkpoints import Checkpoint, FullCheckpoint, Given, open_named_base
 from wda.checkpoints.given import NOTHING_GIVEN
 from wda.diagnosis.checks import CHECKS, Finding
 from wda.diagnosis.measures import Measures, measure
 from wda.errors import LocationError, WdaError, blaming, listing
-from wda.locations import locate, of_model_reference
+from wda.locations import locate
 from wda.manifest import make_manifest
 from wda.origins import never_saw
 from wda.pairing import pair
@@ -57,7 +57,7 @@ def diagnose(
     try:
         member = open_runs(manifest.runs)[-1]
         checkpoint = member.checkpoint
-        whole = _open_base(checkpoint, base)
+        _, whole = open_named_base([checkpoint], base)
         every = f"re:^({'|'.join(_changed(checkpoint, whole))})$"
         pairings, notes = pair(whole, [member], [every])
     except LocationError:
@@ -81,16 +81,6 @@ def diagnose(
         said, _, advice = why.partition("; ")
         findings.append(Finding("suspicious", "W0 is what it was trained on", said, advice))
     return findings + [found for check in CHECKS if (found := check(measured, checkpoint))]
-
-
-def _open_base(checkpoint: Checkpoint, base: str | Path | None) -> FullCheckpoint:
-    if base is None and checkpoint.base is None:
-        raise LocationError(
-            "base: the checkpoint names none, and most of what can be wrong shows only beside it; "
-            "give it with --base LOCATION"
-        )
-    location = str(base) if base is not None else of_model_reference(str(checkpoint.base))
-    return open_base(locate(location))
 
 
 def _changed(checkpoint: Checkpoint, base: FullCheckpoint) -> list[str]:

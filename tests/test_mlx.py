@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PICO_LAYERS, PICO_SHAPES, pico_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from servers import Files, serving
 
 import wda
+from wda.checkpoints import open_base
 from wda.errors import CheckpointError
 
 RANK, SCALE = 3, 2.5
@@ -94,3 +95,69 @@ def test_what_is_refused(tmp_path: Path, base: Path) -> None:
         file.write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=message):
             wda.compare(tmp_path, base=base, progress=False)
+
+
+EXPERTS = Path(__file__).parent / "fixtures" / "mlx-experts"
+KINDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+BITS, GROUP = 8, 4
+
+
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put a Mixtral's experts into one tensor, as MLX-LM does on loading and saves them."""
+    found = {name: t for name, t in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        path = f"model.layers.{layer}.block_sparse_moe"
+        for word, kind in KINDS.items():
+            experts = [tensors[f"{path}.experts.{e}.{word}.weight"] for e in range(3)]
+            found[f"{path}.switch_mlp.{kind}.weight"] = torch.stack(experts)
+    return found
+
+
+def compared(base: Path) -> wda.Comparison:
+    wanted = "re:experts"
+    return wda.compare(
+        EXPERTS / "checkpoint", base, wanted, cache=False, progress=False, max_memory=1 << 20
+    )
+
+
+def test_experts_that_the_base_stacks(tmp_path: Path) -> None:
+    plain = load_file(EXPERTS / "base" / "model.safetensors")
+    (tmp_path / "base").mkdir()
+    save_file(stacked(plain), tmp_path / "base" / "model.safetensors")
+    table = compared(tmp_path / "base").table
+    assert len(table) == 18
+    assert table.equals(compared(EXPERTS / "base").table)
+
+
+def test_experts_that_the_base_stacks_and_packs(tmp_path: Path) -> None:
+    """Each expert's weights are what its numbers, scales and biases mean."""
+    plain = load_file(EXPERTS / "base" / "model.safetensors")
+    packed, meant = stacked(plain), dict(plain)
+    for name in [n for n in packed if ".switch_mlp." in n]:
+        weight = packed.pop(name)
+        groups = weight.unflatten(-1, (-1, GROUP))
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales, path = (high - low) / 255, name.removesuffix(".weight")
+        numbers = ((groups - low[..., None]) / scales[..., None]).round()
+        dense = (numbers * scales[..., None] + low[..., None]).flatten(-2)
+        packed[f"{path}.weight"] = numbers.flatten(-2).to(torch.uint8).view(torch.uint32)
+        packed |= {f"{path}.scales": scales, f"{path}.biases": low}
+        word = next(w for w, kind in KINDS.items() if path.endswith(kind))
+        for expert in range(3):
+            apart = path.rpartition(".switch_mlp.")[0]
+            meant[f"{apart}.experts.{expert}.{word}.weight"] = dense[expert].contiguous()
+    for folder, tensors in (("packed", packed), ("meant", meant)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    config = {"quantization": {"group_size": GROUP, "bits": BITS}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    found, expected = compared(tmp_path / "packed").table, compared(tmp_path / "meant").table
+    assert len(found) == 18
+    assert set(found["method"]) == {"qlora"}
+    assert found["module"].tolist() == expected["module"].tolist()
+    for measure in ("delta_m", "delta_d"):
+        assert found[measure].tolist() == pytest.approx(expected[measure].tolist(), rel=1e-12)
+    checkpoint = open_base(tmp_path / "packed")
+    assert not any("switch_mlp" in name for name in checkpoint.tensors)
+    weight = checkpoint.tensors.read("model.layers.0.block_sparse_moe.experts.2.w1.weight")
+    assert torch.equal(weight, meant["model.layers.0.block_sparse_moe.experts.2.w1.weight"])

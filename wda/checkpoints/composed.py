@@ -6,6 +6,7 @@ in one tensor, a third each; some mixtures of experts all experts in one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +58,11 @@ _KINDS = {
 }
 
 
+# MLX stacks the experts of all models; those it converts from have them apart.
+_OF_MLX = re.compile(r"(.*)\.switch_mlp\.(\w+)_proj\.(lora_[ab]|weight)")
+_MIXTRAL = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
 def with_composed(tensors: Tensors, config: Callable[[], Mapping[str, Any]]) -> Tensors:
     """Give tensors with the weights that such parts mean, under the names they would have alone.
 
@@ -80,6 +86,15 @@ def with_composed(tensors: Tensors, config: Callable[[], Mapping[str, Any]]) -> 
             for third, part in enumerate(_THIRDS):
                 derived[f"{path}.{part}.weight"] = Derived((name,), _third(third))
     return tensors.with_derived(derived) if derived else tensors
+
+
+def of_mlx_expert(name: str, expert: int) -> str | None:
+    """Name an expert's slice of what MLX stacks as the model that was converted has it."""
+    if (stacked := _OF_MLX.fullmatch(name)) is None:
+        return None
+    path, kind, part = stacked.groups()
+    word = _MIXTRAL.get(kind, kind) if path.endswith("block_sparse_moe") else f"{kind}_proj"
+    return f"{path}.experts.{expert}.{word}.{part}"
 
 
 def _of_experts(tensors: Tensors, config: Callable[[], Mapping[str, Any]]) -> dict[str, Derived]:

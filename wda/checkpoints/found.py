@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from wda.checkpoints import gguf
-from wda.checkpoints.composed import with_composed
+from wda.checkpoints.composed import of_mlx_expert, with_composed
 from wda.checkpoints.containers import container_in, open_container
+from wda.checkpoints.fused_forms import unstacked
 from wda.checkpoints.given import NOTHING_GIVEN, Given
 from wda.checkpoints.quantised import dequantised
 from wda.checkpoints.tensors import Tensors, first_file, is_index, read_json
@@ -113,7 +114,8 @@ class Found:
         if self.file.suffix == gguf.ENDING:
             return tensors, gguf.packed_as(tensors)
         composed = with_composed(tensors, lambda: self.json("config.json"))
-        return dequantised(composed, self.quantisation, self.path)
+        floating, scheme = dequantised(composed, self.quantisation, self.path)
+        return unstacked(floating, of_mlx_expert), scheme
 
     def quantisation(self) -> Mapping[str, Any]:
         """Tell what the model's configuration says of its quantisation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -195,17 +196,18 @@ def unstacked(tensors: Tensors, names: Callable[[str, int], str | None]) -> Tens
     names : callable
         Gives the name of a tensor's slice of a number; None where it is no stack.
     """
-    derived = {}
-    for name, entry in tensors.items():
-        for index in range(entry.shape[0] if entry.shape else 0):
-            if (of_slice := names(name, index)) is None:
-                break
-            derived[of_slice] = Derived((name,), partial(_slice_of, index))
-    return tensors.with_derived(derived) if derived else tensors
+    derived: dict[str, Derived] = {}
+    stacks = [name for name in tensors if names(name, 0) is not None]
+    for name in stacks:
+        whole = tensors.told(name) or Derived((name,), lambda entries: entries[0])
+        for index in range(tensors[name].shape[0]):
+            of_slice = Derived(whole.sources, partial(_slice_of, index, whole))
+            derived[str(names(name, index))] = of_slice
+    return tensors.with_derived(derived, stacks) if derived else tensors
 
 
-def _slice_of(index: int, sources: Sequence[Entry]) -> Entry:
-    return slice_of(index, *sources)
+def _slice_of(index: int, whole: Derived, sources: Sequence[Entry]) -> Entry:
+    return slice_of(index, whole.make(sources))
 
 
 def slice_of(index: int, entry: Entry) -> Entry:

@@ -17,7 +17,6 @@ from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.factors import Names, sort_names
 from wda.checkpoints.forms import Decomposed, Factors, Form, Stored, Whole
 from wda.checkpoints.found import CONFIG_FILE, Found
-from wda.checkpoints.fused_forms import unstacked
 from wda.errors import CheckpointError
 
 _STEP_FILES = re.compile(r"(\d+)_adapters\.safetensors")
@@ -29,9 +28,6 @@ _ENDINGS = {
     "whole": re.compile(r"\.weight$"),
 }
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|embeddings?)$")
-# MLX stacks experts; the models it converts from have them apart.
-_EXPERTS = re.compile(r"(.*)\.switch_mlp\.(\w+)_proj\.(lora_[ab])")
-_MIXTRAL = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
 class MlxCheckpoint(Adapter):
@@ -51,8 +47,7 @@ class MlxCheckpoint(Adapter):
         if kind == "full":
             return cls(found, found.tensors, _wholes(found), "ft", base=base)
         scale = _scale(found, kind)
-        tensors = unstacked(found.tensors, _of_expert)
-        names = sort_names(found.path, tensors, _ENDINGS)
+        names = sort_names(found.path, found.tensors, _ENDINGS)
         names.require_pairs()
         forms = names.wholes()
         for module in names["A"]:
@@ -62,7 +57,7 @@ class MlxCheckpoint(Adapter):
                 names["A"], "fine_tune_type is dora but m is missing", "save it with m"
             )
         method = "dora" if names["magnitude"] else "lora"
-        return cls(found, tensors, forms, method, names.frozen, base)
+        return cls(found, found.tensors, forms, method, names.frozen, base)
 
 
 def _scale(found: Found, kind: object) -> float:
@@ -104,15 +99,6 @@ def _form(names: Names, module: str, scale: float) -> Form:
             f"{factors.B.shape[0]} output features"
         )
     return Decomposed(factors, magnitude)
-
-
-def _of_expert(name: str, expert: int) -> str | None:
-    """Name an expert's slice of stacked factors as the model that MLX converted has it."""
-    if (stacked := _EXPERTS.fullmatch(name)) is None:
-        return None
-    path, kind, factor = stacked.groups()
-    word = _MIXTRAL.get(kind, kind) if path.endswith("block_sparse_moe") else f"{kind}_proj"
-    return f"{path}.experts.{expert}.{word}.{factor}"
 
 
 def _of_one_expert(module: str) -> bool:

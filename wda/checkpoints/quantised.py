@@ -258,8 +258,8 @@ def _mlx(
 ) -> tuple[tuple[int, ...], Values]:
     """Read MLX's groups along the input features, each with a scale and a bias."""
     bits, group = int(module.setting("bits")), int(module.setting("group_size"))
-    features = scales.shape[1] * group
-    if packed.shape[1] * 32 != features * bits:
+    features = scales.shape[-1] * group
+    if packed.shape[-1] * 32 != features * bits:
         raise CheckpointError(
             f"{module.source}: {module.path} does not fit {bits} bits in groups of {group}, which "
             "config.json says; it belongs to another checkpoint"
@@ -269,11 +269,11 @@ def _mlx(
     def values(rows: slice) -> Tensor:
         numbers = _unpack(packed.read(rows).view(torch.int32), bits)
         size, zero = (
-            part.read(rows).float().repeat_interleave(group, dim=1) for part in (scales, biases)
+            part.read(rows).float().repeat_interleave(group, dim=-1) for part in (scales, biases)
         )
         return numbers * size + zero
 
-    return (packed.shape[0], features), values
+    return (*packed.shape[:-1], features), values
 
 
 def _require_whole_words(module: _Module, bits: int) -> None:

@@ -50,7 +50,7 @@ def open_remote_safetensors(place: RemotePlace) -> WeightFile:
         _damaged(place, size, f"a header of {length} bytes does not fit")
     try:
         header = json.loads(place.read(_LENGTH, start))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         entries = {name: _entry(place, start, item) for name, item in header.items()}
         end = max((item["data_offsets"][1] for item in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):

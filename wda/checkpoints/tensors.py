@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -100,9 +100,13 @@ class Tensors(Mapping[str, Entry]):
         """Names of those that are told from others."""
         return frozenset(self._derived)
 
-    def with_derived(self, derived: Mapping[str, Derived]) -> Tensors:
-        """Give these with some told from others."""
-        both = {**self._derived, **derived}
+    def told(self, name: str) -> Derived | None:
+        """Give what a tensor is told from; None where a file holds it."""
+        return self._derived.get(name)
+
+    def with_derived(self, derived: Mapping[str, Derived], without: Container[str] = ()) -> Tensors:
+        """Give these with some told from others, and without some that were."""
+        both = {n: one for n, one in self._derived.items() if n not in without} | {**derived}
         return Tensors(self._where, self._source, self._opened.values(), both)
 
     def open(self, names: Iterable[str]) -> None:
@@ -328,7 +332,7 @@ def _open_safetensors(path: Path) -> WeightFile:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         damaged(path, error)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
 
     def entry(name: str, item: dict[str, Any]) -> Entry:
         shape, dtype, first = tuple(item["shape"]), item["dtype"], item["data_offsets"][0]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed
 
 import wda
 from wda.checkpoints import Given, open_base
@@ -236,6 +239,41 @@ def test_mlx_says_what_else_was_trained(tmp_path: Path) -> None:
     table = compared(base, checkpoint)
     assert set(table["layer"]) == {1}
     assert set(table["method"]) == {"ft"}
+
+
+# NeMo's folders are distributed checkpoints, which Megatron describes by a class of its own.
+
+
+@pytest.mark.parametrize("name", ["nemo-lora", "nemo-dora"])
+@pytest.mark.parametrize("inner", ["", "weights"])
+def test_nemos_folder_says_the_same_as_the_file_made_of_it(
+    name: str, inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, file = of(name)
+    alpha = json.loads((FIXTURES / name / "about.json").read_text())["options"]["alpha"]
+    held: dict[str, object] = torch.load(file, weights_only=True)
+    held["module.decoder.layers.self_attention.core_attention._extra_state/shard_0_2"] = b"state"
+    folder = tmp_path / "run" / inner
+    distributed.save(held, checkpoint_id=folder, no_dist=True)
+    described = pickle.loads((folder / ".metadata").read_bytes())
+    place = "megatron.core.dist_checkpointing.strategies.torch"
+
+    class MCoreMetadata(type(described)):  # type: ignore[misc]
+        __module__, __qualname__ = place, "MCoreMetadata"
+
+    words = place.split(".")
+    for count in range(1, len(words) + 1):
+        stub = types.ModuleType(".".join(words[:count]))
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    stub.MCoreMetadata = MCoreMetadata  # type: ignore[attr-defined]
+    described.__class__ = MCoreMetadata
+    described.mcore_data = {}
+    (folder / ".metadata").write_bytes(pickle.dumps(described))
+    (tmp_path / "run" / "context").mkdir()
+    own, found = measures(compared(base, file, alpha=alpha)), tmp_path / "run"
+    assert measures(compared(base, found, alpha=alpha)) == own
+    with pytest.raises(CheckpointError, match="NeMo stores no α"):
+        compared(base, found)
 
 
 # Whole models in a trainer's own names, against Hugging Face's.

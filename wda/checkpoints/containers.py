@@ -13,8 +13,12 @@ from wda.checkpoints.tensors import Tensors, first_file, open_tensors
 from wda.errors import CheckpointError, listing
 from wda.places import Place
 
-# Accelerate puts the model's distributed checkpoint into a folder of the training's.
-_DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
+# Accelerate and NeMo put the model's distributed checkpoint into a folder of the training's.
+_DISTRIBUTED = (
+    METADATA_FILE,
+    f"pytorch_model_fsdp_0/{METADATA_FILE}",
+    f"weights/{METADATA_FILE}",
+)
 _ONLY = "-00001-of-00001"
 _RANK_FILE = "pytorch_model_fsdp_rank0.bin"
 # A model of llama.cpp, a variant of Hugging Face's, or torchtune's only shard, which has no index:

@@ -76,6 +76,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _BUILT:
             return _BUILT[module, name]
+        if name == "MCoreMetadata" and module.startswith("megatron.core.dist_checkpointing"):
+            return _Record  # Megatron's, which has one field more
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise _OtherClassError(f"{module}.{name}")

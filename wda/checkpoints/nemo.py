@@ -1,4 +1,4 @@
-"""LoRA and DoRA as NeMo 2 writes them, made one file from its distributed checkpoint.
+"""LoRA and DoRA as NeMo 2 writes them: its distributed checkpoint, or one file made of it.
 
 Keys end in ``adapter.linear_in.weight`` (rank, in), ``adapter.linear_out.weight`` (out, rank) and
 ``adapter.weight_magnitude`` (out,). Megatron fuses queries, keys and values of a query group, and
@@ -75,7 +75,7 @@ class _MegatronShare(Share):
 
 
 class NemoCheckpoint(Adapter):
-    """The adapter of a NeMo 2 training as one file."""
+    """The adapter of a NeMo 2 training: its folder, that of its weights, or one file."""
 
     layout = "NeMo adapter"
     evidence = "names ending in adapter.linear_in.weight"

@@ -68,7 +68,8 @@ def test_one_more_checkpoint_costs_one_checkpoint(
     assert len(table) == 24
     assert [step for _, step in measured] == [200] * 6
     fresh = wda.compare(runs["ft"], base=base, cache=False, progress=False).table
-    pd.testing.assert_frame_equal(table, fresh, check_exact=True)
+    # Some processors sum two checkpoints at a time in another order than one alone.
+    pd.testing.assert_frame_equal(table, fresh, check_exact=False, rtol=1e-12)
 
 
 def test_what_changed_is_computed_anew(
@@ -164,7 +165,8 @@ def test_an_interrupted_comparison_continues(
     table = compare(runs["ft"], base, tmp_path / "c").table
     assert 0 < len(measured) <= 9  # of 18: three matrices of six were finished
     fresh = wda.compare(runs["ft"], base=base, cache=False, progress=False).table
-    pd.testing.assert_frame_equal(table, fresh, check_exact=True)
+    # Some processors sum two checkpoints at a time in another order than one alone.
+    pd.testing.assert_frame_equal(table, fresh, check_exact=False, rtol=1e-12)
 
 
 def test_two_processes_share_a_cache(tmp_path: Path, base: Path) -> None:

@@ -360,10 +360,10 @@ def test_vectors_and_stacks_that_a_pattern_chooses_are_named(tmp_path: Path) -> 
 def test_files_that_change_or_vanish_while_they_are_read(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    displacements = engine.displacements
+    measured = engine.moved
 
     def disturbed(*arguments: Any) -> Any:
-        found = displacements(*arguments)
+        found = measured(*arguments)
         disturb()
         return found
 
@@ -378,7 +378,7 @@ def test_files_that_change_or_vanish_while_they_are_read(
         save_model(tmp_path / "again", pico_weights(seed=3))
         (tmp_path / "again" / "model.safetensors").replace(base / "model.safetensors")
 
-    monkeypatch.setattr(engine, "displacements", disturbed)
+    monkeypatch.setattr(engine, "moved", disturbed)
     for what, message in (
         (rewrite, "run.model.safetensors: changed while it was read; compare again"),
         (delete, "run.model.safetensors: was deleted while it was read; compare again"),

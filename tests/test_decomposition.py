@@ -17,7 +17,7 @@ from wda.decomposition import (
     decomposition,
     displacement,
 )
-from wda.engine import displacements
+from wda.engine import moved
 from wda.updates import Dense
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -54,7 +54,7 @@ def test_agrees_with_50_digits_on_the_stored_values(
 
 def streamed(w0: torch.Tensor, wt: torch.Tensor, per: str) -> Decomposition:
     """The way of the engine, through the compiled kernels where there is one."""
-    (move,) = displacements(w0, [Dense(wt)], per)  # type: ignore[arg-type]
+    move = moved(w0, [Dense(wt)], per)[0].move  # type: ignore[arg-type]
     return decomposition(move)
 
 
@@ -204,7 +204,7 @@ def test_vectors_that_end_at_zero_have_no_direction(dtype: torch.dtype, per: str
     w0 = torch.randn(200, 130).to(dtype)
     wt = w0.clone()
     (wt if per == "output" else wt.T)[:100] = 0
-    (move,) = displacements(w0, [Dense(wt)], per)  # type: ignore[arg-type]
+    move = moved(w0, [Dense(wt)], per)[0].move  # type: ignore[arg-type]
     for change in (decomposition(move), decompose(w0, wt, per)):  # type: ignore[arg-type]
         assert change.n_undirected == 100
         assert change.delta_d == 0

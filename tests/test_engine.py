@@ -20,7 +20,8 @@ from servers import STALL, Files, serving
 
 import wda
 from wda import engine, schedule
-from wda.decomposition import Displacement, Per
+from wda.changes import Moved
+from wda.decomposition import Per
 from wda.errors import CheckpointError
 from wda.updates import Update
 
@@ -46,13 +47,13 @@ def test_updates_that_do_not_fit_together_go_one_after_another(
     options = {"base": base, "per": per, "cache": False, "progress": False}
     expected = wda.compare(folders, **options).table  # type: ignore[arg-type]
     sizes: list[int] = []
-    displacements = engine.displacements
+    move = engine.moved
 
-    def counted(w0: torch.Tensor, updates: Sequence[Update], per: Per) -> list[Displacement]:
+    def counted(w0: torch.Tensor, updates: Sequence[Update], per: Per) -> list[Moved]:
         sizes.append(len(updates))
-        return displacements(w0, updates, per)
+        return move(w0, updates, per)
 
-    monkeypatch.setattr(engine, "displacements", counted)
+    monkeypatch.setattr(engine, "moved", counted)
     monkeypatch.setattr(schedule, "WORKER_BYTES", 1200)  # two adapters' factors, in float64
     little = wda.compare(folders, max_memory=1, **options).table  # type: ignore[arg-type]
     assert sizes == [2] * 18
@@ -139,9 +140,9 @@ def interrupted(command: list[object], ready: Callable[[], bool]) -> tuple[float
 
 
 def rows_kept(folder: Path) -> int:
-    if not (folder / "results.sqlite").exists():
+    if not (folder / "results-2.sqlite").exists():
         return 0
-    database = sqlite3.connect(folder / "results.sqlite")
+    database = sqlite3.connect(folder / "results-2.sqlite")
     try:
         return int(database.execute("SELECT count(*) FROM results").fetchone()[0])
     except sqlite3.OperationalError:  # the table is not there yet

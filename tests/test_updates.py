@@ -31,7 +31,7 @@ def parts(size: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def measured(w0: torch.Tensor, update: Update, per: str) -> tuple[float, float]:
-    (move,) = engine.displacements(w0, [update], per)  # type: ignore[arg-type]
+    move = engine.moved(w0, [update], per)[0].move  # type: ignore[arg-type]
     d = decomposition(move)
     return d.delta_m, d.delta_d
 
@@ -183,11 +183,11 @@ def test_blocks_of_rows_give_the_same(per: str, monkeypatch: pytest.MonkeyPatch)
         low_rank,
         WeightDecomposed(low_rank, w0.norm(dim=1) * 1.1),
     ]
-    whole = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
+    whole = [decomposition(m.move) for m in engine.moved(w0, chosen, per)]  # type: ignore[arg-type]
     monkeypatch.setattr(rows, "WIDE_ELEMENTS", {"cpu": 2 * IN})
     monkeypatch.setattr(kernels, "takes", lambda _rows: False)
     assert len(list(rows.wide_blocks(OUT, w0))) == 3
-    cut = [decomposition(m) for m in engine.displacements(w0, chosen, per)]  # type: ignore[arg-type]
+    cut = [decomposition(m.move) for m in engine.moved(w0, chosen, per)]  # type: ignore[arg-type]
     for one, other in zip(whole, cut, strict=True):
         assert torch.allclose(one.magnitude_change, other.magnitude_change, rtol=1e-12)
         assert torch.allclose(one.direction_change, other.direction_change, rtol=1e-12)

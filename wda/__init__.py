@@ -24,7 +24,7 @@ from wda._version import __version__
 
 if TYPE_CHECKING:
     from wda import adapters, figures, training
-    from wda.comparison import Comparison, compare
+    from wda.comparison import Comparison, compare, reopen
     from wda.conversion import convert
     from wda.decomposition import Decomposition, decompose
     from wda.errors import WdaError
@@ -48,6 +48,7 @@ __all__ = [
     "load_manifest",
     "merge",
     "read_table",
+    "reopen",
     "training",
 ]
 
@@ -63,6 +64,7 @@ _HOMES = {
     "load_manifest": "wda.manifest",
     "merge": "wda.merging",
     "read_table": "wda.table",
+    "reopen": "wda.comparison",
 }
 
 

@@ -1,9 +1,9 @@
 """Results computed before, found again by all that they depend on: nothing is computed twice.
 
-One SQLite file holds the numbers of every matrix of every checkpoint that was ever measured, each
-under a digest of the tensors' places and stored forms, of the files' sizes and times of change, of
-the options, and of the code that makes the numbers. What has changed in any of them is simply not
-found. Several processes may share the file.
+One SQLite file holds the numbers of every matrix of every checkpoint that was ever measured, and
+the norms of its vectors in the base. Each lies under a digest of the tensors' places and stored
+forms, of the files' sizes and times of change, of the options, and of the code that makes the
+numbers. What has changed in any of them is simply not found. Several processes may share the file.
 """
 
 from __future__ import annotations
@@ -17,21 +17,31 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from platformdirs import user_cache_path
 
+from wda.changes import Change, Vectors, head_size
 from wda.checkpoints import FullCheckpoint
-from wda.decomposition import Per
 from wda.errors import OutputError
 from wda.naming import Matrix
 from wda.pairing import Pairing, Source
-from wda.schedule import Change, Measurement
+from wda.schedule import Measurement
 
-FILE = "results.sqlite"
+FILE = "results-2.sqlite"
 
 # The code that the numbers come from. Where it has changed, they are computed anew.
-_NUMBERS_FROM = ("kernels", "rows", "decomposition", "naming", "engine", "schedule")
+_NUMBERS_FROM = (
+    "kernels",
+    "rows",
+    "decomposition",
+    "floors",
+    "changes",
+    "naming",
+    "engine",
+    "schedule",
+)
 
 _SECONDS_BETWEEN_COMMITS = 0.5
 _SECONDS_TO_WAIT = 30  # while another process writes
@@ -44,13 +54,13 @@ class ResultCache:
         self,
         database: sqlite3.Connection | None,
         base: FullCheckpoint,
-        per: Per,
+        vectors: Vectors,
         device: str,
         trouble: str | None = None,
     ) -> None:
         self._database = database
-        self._base, self._per, self._device = base, per, device
-        self._new: list[tuple[bytes, str]] = []
+        self._base, self._vectors, self._device = base, vectors, device
+        self._new: list[tuple[bytes, str | bytes]] = []
         self._committed = time.monotonic()
         self.trouble = trouble
 
@@ -60,13 +70,16 @@ class ResultCache:
             return [], list(pairings)
         known, left = [], []
         for pairing in pairings:
-            unknown = []
+            unknown, matrix = [], pairing.matrix
+            norms = self._find(self._key(matrix))
             for source in pairing.sources:
-                change = self._find(self._key(pairing.matrix, source))
-                if change is None:
+                found = self._find(self._key(matrix, source))
+                if found is None or norms is None:
                     unknown.append(source)
                 else:
-                    known.append(Measurement(pairing.matrix, source, self._per, change))
+                    rows = tuple(Change(**row) for row in json.loads(found))
+                    m_0 = torch.frombuffer(bytearray(norms), dtype=torch.float64)
+                    known.append(Measurement(matrix, source, self._vectors.per, rows, m_0))
             if unknown:
                 left.append(Pairing(pairing.matrix, tuple(unknown)))
         return known, left
@@ -76,8 +89,10 @@ class ResultCache:
         if self._database is None:
             return
         for m in measurements:
-            if (key := self._key(m.matrix, m.source)) is not None:
-                self._new.append((key, json.dumps(asdict(m.change))))
+            key, of_base = self._key(m.matrix, m.source), self._key(m.matrix)
+            if key is not None and of_base is not None:
+                self._new.append((key, json.dumps([asdict(change) for change in m.changes])))
+                self._new.append((of_base, m.norms.numpy().tobytes()))
         if time.monotonic() - self._committed > _SECONDS_BETWEEN_COMMITS:
             self.commit()
 
@@ -95,23 +110,31 @@ class ResultCache:
         self._new.clear()
         self._committed = time.monotonic()
 
-    def _find(self, key: bytes | None) -> Change | None:
+    def _find(self, key: bytes | None) -> Any:
         if key is None or self._database is None:
             return None
         try:
-            query = self._database.execute("SELECT change FROM results WHERE key = ?", (key,))
+            query = self._database.execute("SELECT result FROM results WHERE key = ?", (key,))
             row = query.fetchone()
         except sqlite3.Error as error:
             self._give_up(error)
             return None
-        return Change(**json.loads(row[0])) if row else None
+        return row[0] if row else None
 
-    def _key(self, matrix: Matrix, source: Source) -> bytes | None:
-        """Digest all that a result depends on; None where a far file tells nothing of itself."""
-        meanings = self._base.meaning(matrix.module), source.checkpoint.meaning(source.module)
+    def _key(self, matrix: Matrix, source: Source | None = None) -> bytes | None:
+        """Digest all that a result depends on, or the norms of the base's own vectors.
+
+        None where a far file tells nothing of itself.
+        """
+        meanings = [self._base.meaning(matrix.module)]
+        stored = (matrix.stored_transposed, matrix.stored_shape, matrix.part)
+        how: tuple[object, ...] = (*stored, self._vectors.per, self._device)
+        if source is not None:
+            meanings.append(source.checkpoint.meaning(source.module))
+            size = head_size(matrix, self._base.config, self._vectors.per)
+            how = (*how, self._vectors.granularity, size)
         if None in meanings:
             return None
-        how = (matrix.stored_transposed, matrix.stored_shape, matrix.part, self._per, self._device)
         return hashlib.sha256(repr((_code(), how, meanings)).encode()).digest()
 
     def _give_up(self, error: sqlite3.Error) -> None:
@@ -122,7 +145,10 @@ class ResultCache:
 
 @contextmanager
 def open_cache(
-    where: str | Path | Literal[False] | None, base: FullCheckpoint, per: Per, device: str
+    where: str | Path | Literal[False] | None,
+    base: FullCheckpoint,
+    vectors: Vectors,
+    device: str,
 ) -> Iterator[ResultCache]:
     """Open the results kept in a folder, and write what is new to it in the end, come what may.
 
@@ -133,8 +159,8 @@ def open_cache(
         is no error, only remembered as ``trouble``.
     base : FullCheckpoint
         What all results are measured against.
-    per : {"output", "input"}
-        Which axis the vectors are.
+    vectors : Vectors
+        What counts as a vector, and what has a row.
     device : str
         Where the results are computed.
 
@@ -144,7 +170,7 @@ def open_cache(
         When the folder that was named cannot be used.
     """
     if where is False:
-        yield ResultCache(None, base, per, device)
+        yield ResultCache(None, base, vectors, device)
         return
     file = (user_cache_path("wda") if where is None else Path(where).expanduser()) / FILE
     database, trouble = None, None
@@ -159,7 +185,7 @@ def open_cache(
                 "the file if it is damaged, or use --no-cache"
             ) from None
         trouble = why
-    cache = ResultCache(database, base, per, device, trouble)
+    cache = ResultCache(database, base, vectors, device, trouble)
     try:
         yield cache
     finally:
@@ -173,7 +199,7 @@ def _connect(file: Path) -> sqlite3.Connection:
     try:
         with database:
             database.execute(
-                "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, change TEXT NOT NULL) "
+                "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, result NOT NULL) "
                 "WITHOUT ROWID"
             )
     except sqlite3.Error:

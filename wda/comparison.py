@@ -13,24 +13,25 @@ import pandas as pd
 from rich.progress import Progress
 
 from wda.cache import open_cache
-from wda.checkpoints import FullCheckpoint, Given, open_base
+from wda.changes import GRANULARITIES, Granularity, Vectors
+from wda.checkpoints import Given
 from wda.checkpoints.given import NOTHING_GIVEN
 from wda.decomposition import Per
+from wda.draws import Draws, read_draws, write_draws
 from wda.engine import usable_device
-from wda.errors import LocationError, ManifestError, listing
+from wda.errors import ManifestError, listing
 from wda.files import describe, staged_folder
-from wda.locations import locate, of_model_reference
+from wda.filling import table_rows, vectors_table
 from wda.manifest import W0, Manifest, make_manifest
-from wda.origins import on_what_they_were_trained
-from wda.pairing import Pairing, pair
-from wda.places import Place, shown
+from wda.nulls import NULLS, Null, draw
+from wda.opening import Opened, open_all
 from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
-from wda.runs import Member, open_runs
+from wda.runs import Member
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.statistics import compute_statistics
-from wda.table import make_table, read_table, table_file, write_table
+from wda.table import VECTORS_FILE, make_table, read_table, table_file, write_table
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,18 @@ class Comparison:
         Command, versions, inputs and choices it was made with.
     notes : tuple of str
         What was left out and why.
+    draws : Draws or None
+        What random updates of the measured size show in the same rows.
+    vectors : pandas.DataFrame or None
+        One row per vector, where that was asked for.
     """
 
     table: pd.DataFrame
     statistics: pd.DataFrame
     provenance: dict[str, object]
     notes: tuple[str, ...]
+    draws: Draws | None = None
+    vectors: pd.DataFrame | None = None
 
     def save(self, out: str | Path) -> None:
         """Write tables, scatter figure and provenance into a folder, all of them or none.
@@ -70,6 +77,10 @@ class Comparison:
         from wda import figures  # noqa: PLC0415 - drawing is slow to import
 
         write_table(self.table, folder)
+        if self.draws is not None:
+            write_draws(self.draws, self.table, folder)
+        if self.vectors is not None:
+            self.vectors.to_parquet(folder / VECTORS_FILE, index=False)
         self.statistics.to_csv(folder / "statistics.csv", index=False)
         figures.save(figures.scatter_grid(self.table, self.statistics), folder, "scatter")
         text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
@@ -88,6 +99,9 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     device: str = "cpu",
     given: Given = NOTHING_GIVEN,
     w0: W0 | None = None,
+    granularity: Granularity = "vector",
+    null: Null | None = "isotropic",
+    vectors: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -120,6 +134,14 @@ def compare(  # noqa: PLR0913 - all but the first have a default
         What adapters trained on a quantised model are compared with: the weights they saw
         (``base`` is that model), or the original ones (``base`` is the original, and the adapters
         name the quantised model, or ``given.trained_on`` does). By default the weights of the base.
+    granularity : {"vector", "head", "matrix"}
+        What has a row: all vectors of a matrix, those of each attention head, or the matrix taken
+        as one vector.
+    null : {"isotropic", "rank"} or None
+        Which random updates, as large as the measured ones, the statistics are held against: any,
+        or those of the same rank. None for none.
+    vectors : bool
+        Whether to keep what every vector did, in ``.vectors``; it is then computed anew.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -134,37 +156,80 @@ def compare(  # noqa: PLR0913 - all but the first have a default
         One of its kinds, when something given does not exist, cannot be read or does not fit.
     """
     computing = usable_device(device)
+    _require("granularity", granularity, GRANULARITIES)
+    _require("null", null, (None, *NULLS))
     manifest = make_manifest(paths_or_manifest, base, matrices, per, given, w0)
+    counted = Vectors(manifest.per, granularity)
     with progress_bar(progress) as bar:
-        opened = _open(manifest, bar)
-        with open_cache(cache, opened.base, manifest.per, computing) as kept:
+        opened = open_all(manifest, bar)
+        with open_cache(cache, opened.base, counted, computing) as kept:
             task = bar.add_task("comparing", total=None, note="")
-            known, left = kept.split(opened.pairings)
+            known, left = ([], opened.pairings) if vectors else kept.split(opened.pairings)
             new = measure(
                 opened.base,
                 left,
-                manifest.per,
+                counted,
                 Work(executor, max_memory, computing),
+                keep_moves=vectors,
                 on_part=lambda done, total, matrix: bar.update(
                     task, completed=done, total=total, note=str(matrix)
                 ),
                 on_matrix=kept.keep,
             )
-    measurements = _in_order([*known, *new], opened)
-    table = make_table(_row(measurement) for measurement in measurements)
+        measurements = _in_order([*known, *new], opened)
+        draws = _draws(opened, measurements, null, bar)
+    table = make_table(row for measurement in measurements for row in table_rows(measurement))
     facts = _facts(manifest, opened.members)
-    facts |= {"device": computing, "rows_computed_before": len(known)}
+    facts |= {"device": computing, "rows_computed_before": _count_rows(known)}
+    facts |= {"granularity": granularity, "null": null}
     facts["w0"] = manifest.w0 or ("dequantized" if opened.base.quantised else "as stored")
     facts["base"] = {
         "location": opened.base_location,
         "quantised": opened.base.quantised,
         "files": describe(opened.base.files),
     }
-    notes = [*opened.notes, *_undirected_note(table), *_cache_note(len(known), kept.trouble)]
-    return Comparison(table, compute_statistics(table), provenance(**facts), tuple(notes))
+    return Comparison(
+        table,
+        compute_statistics(table),
+        provenance(**facts),
+        (
+            *opened.notes,
+            *_headless_note(table, granularity),
+            *_notes_on(table),
+            *_cache_note(_count_rows(known), kept.trouble),
+        ),
+        draws,
+        vectors_table(measurements, opened.base.config) if vectors else None,
+    )
 
 
-def _in_order(measurements: Iterable[Measurement], opened: _Opened) -> list[Measurement]:
+def _require(argument: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse a word that an argument does not know."""
+    if value not in allowed:
+        words = ", ".join(str(word) for word in allowed)
+        raise ManifestError(f"{argument}: {value!r} is not one; give one of {words}")
+
+
+def _draws(
+    opened: Opened, measurements: Sequence[Measurement], null: Null | None, bar: Progress
+) -> Draws | None:
+    """Draw what random updates show, and tell how far that is."""
+    if null is None:
+        return None
+    task = bar.add_task("random updates", total=None, note="")
+    return draw(
+        opened.base,
+        measurements,
+        null,
+        on_group=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+
+
+def _count_rows(measurements: Iterable[Measurement]) -> int:
+    return sum(len(measurement.changes) for measurement in measurements)
+
+
+def _in_order(measurements: Iterable[Measurement], opened: Opened) -> list[Measurement]:
     """Sort by checkpoint, then by matrix as the base has them."""
     checkpoints = {id(member.checkpoint): i for i, member in enumerate(opened.members)}
     matrices = {pairing.matrix: i for i, pairing in enumerate(opened.pairings)}
@@ -186,17 +251,34 @@ def _cache_note(known: int, trouble: str | None) -> list[str]:
     return notes
 
 
-def _undirected_note(table: pd.DataFrame) -> list[str]:
-    """Say once that vectors without direction were left out, and of how many matrices."""
-    rows = table[table["n_undirected"] > 0]
-    if rows.empty:
+def _headless_note(table: pd.DataFrame, granularity: Granularity) -> list[str]:
+    """Say which matrices have no attention heads to have rows, where these were asked for."""
+    rows = table[table["head"].isna()]
+    if granularity != "head" or rows.empty:
         return []
-    modules = listing(dict.fromkeys(rows["module"]), 4)
     return [
-        f"vectors that are zero before or after have no direction and are left out of ΔD: "
-        f"{rows['n_undirected'].sum()} in {len(rows)} rows of the table ({modules}); see the "
-        "column n_undirected"
+        f"one row for all vectors of {listing(dict.fromkeys(rows['matrix']), 7)}: they are of no "
+        "attention heads along this axis, or the base's config.json does not tell how many there "
+        "are"
     ]
+
+
+def _notes_on(table: pd.DataFrame) -> list[str]:
+    """Say once of which rows something is doubtful: no direction, or no more than rounding."""
+    notes = []
+    if not (rows := table[table["n_undirected"] > 0]).empty:
+        notes.append(
+            f"vectors that are zero before or after have no direction and are left out of ΔD: "
+            f"{rows['n_undirected'].sum()} in {len(rows)} rows of the table "
+            f"({listing(dict.fromkeys(rows['module']), 4)}); see the column n_undirected"
+        )
+    if not (rows := table[table["below_floor"]]).empty:
+        notes.append(
+            f"ΔM or ΔD is under three times what rounding to the stored dtypes alone would give in "
+            f"{len(rows)} of {len(table)} rows of the table "
+            f"({listing(dict.fromkeys(rows['run']), 4)}); see the column below_floor"
+        )
+    return notes
 
 
 def plan(
@@ -233,7 +315,7 @@ def plan(
     """
     manifest = make_manifest(paths_or_manifest, base, matrices, given=given)
     with progress_bar(progress) as bar:
-        opened = _open(manifest, bar)
+        opened = open_all(manifest, bar)
     return readings(opened.base, opened.members, opened.pairings)
 
 
@@ -255,84 +337,18 @@ def reopen(path: str | Path) -> Comparison:
     TableError
         When the file is no table.
     """
-    table = read_table(Path(path))
-    facts = provenance(table=describe([table_file(Path(path))]))
-    return Comparison(table, compute_statistics(table), facts, ())
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """Everything that is to be compared, opened and paired; no tensor is read yet."""
-
-    base_location: str
-    base: FullCheckpoint
-    members: Sequence[Member]
-    pairings: Sequence[Pairing]
-    notes: Sequence[str]
-
-
-def _open(manifest: Manifest, bar: Progress) -> _Opened:
-    task = bar.add_task("opening", total=None, note="")
-    members = open_runs(
-        manifest.runs,
-        on_found=lambda checkpoints: bar.update(task, total=checkpoints + 1),  # and the base
-        on_opened=lambda: bar.advance(task),
+    file = table_file(Path(path))
+    table = read_table(file)
+    draws = read_draws(table, file.parent)
+    vectors = file.parent / VECTORS_FILE
+    return Comparison(
+        table,
+        compute_statistics(table),
+        provenance(table=describe([file])),
+        (),
+        draws,
+        pd.read_parquet(vectors) if vectors.is_file() else None,
     )
-    location, place = _find_base(manifest, members)
-    base = open_base(place)
-    members = on_what_they_were_trained(members, base, manifest.w0)
-    bar.update(task, advance=1, note="pairing matrices")
-    pairings, notes = pair(base, members, manifest.matrices)
-    bar.update(task, note="")
-    return _Opened(shown(location), base, members, pairings, notes)
-
-
-def _find_base(manifest: Manifest, members: Sequence[Member]) -> tuple[str, Place]:
-    """Give location and place of the base: the manifest's, else what the adapters name."""
-    if manifest.base is not None:
-        return manifest.base, locate(manifest.base)
-    named = sorted({member.checkpoint.base for member in members if member.checkpoint.base})
-    if len(named) > 1:
-        raise ManifestError(
-            f"base: the adapters name several bases ({listing(map(shown, named))}); compare runs "
-            "of one base at a time, or give the right one with --base"
-        )
-    if not named:
-        raise LocationError(
-            "base: the pre-trained model is not known, for none of these checkpoints names it; "
-            "give it with --base LOCATION"
-        )
-    location = of_model_reference(named[0])
-    try:
-        return location, locate(location)
-    except LocationError as error:
-        raise LocationError(
-            f"base: the adapters name {shown(named[0])} as their base, which is not to be had "
-            f"({error}); give it with --base LOCATION"
-        ) from None
-
-
-def _row(measurement: Measurement) -> dict[str, object]:
-    member, matrix = measurement.source.member, measurement.matrix
-    change = measurement.change
-    return {
-        "run": member.run,
-        "method": member.method,
-        "seed": member.seed,
-        "step": member.step,
-        "module": matrix.module,
-        "layer": matrix.layer,
-        "matrix": matrix.label,
-        "per": measurement.per,
-        "out_features": matrix.shape[0],
-        "in_features": matrix.shape[1],
-        "n_vectors": change.n_vectors,
-        "delta_m": change.delta_m,
-        "delta_d": change.delta_d,
-        "n_undirected": change.n_undirected,
-        "dtype": change.dtype,
-        "base_dtype": change.base_dtype,
-    }
 
 
 def _facts(manifest: Manifest, members: Sequence[Member]) -> dict[str, object]:

@@ -58,6 +58,10 @@ class Displacement:
         """The norm m_t of each moved vector."""
         return torch.hypot(self.norm + self.along, self.across)
 
+    def of(self, rows: slice) -> Displacement:
+        """Give those of some vectors."""
+        return Displacement(self.norm[rows], self.along[rows], self.across[rows])
+
     def cpu(self) -> Displacement:
         """Give the same on the processor, where a device computed it."""
         return Displacement(self.norm.cpu(), self.along.cpu(), self.across.cpu())

@@ -11,6 +11,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from wda.changes import Moved
 from wda.checkpoints import FullCheckpoint
 from wda.decomposition import Displacement, Per
 from wda.errors import CheckpointError, DeviceError, blaming, listing
@@ -52,23 +53,6 @@ class Part:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Moved:
-    """What one update did to the vectors of a part.
-
-    Attributes
-    ----------
-    dtype, base_dtype : str
-        The dtypes of the numbers, of the checkpoint and of W0.
-    move : Displacement
-        One entry per vector.
-    """
-
-    dtype: str
-    base_dtype: str
-    move: Displacement
-
-
 def measure_part(part: Part) -> list[Moved]:
     """Tell how the vectors of a part move, once for each of its sources.
 
@@ -84,16 +68,16 @@ def measure_part(part: Part) -> list[Moved]:
     for group in _grouped(part):
         with blaming(listing(source.checkpoint.path for source in group)):
             updates = [update.to(part.device) for update in _read(group, part)]
-            moves = displacements(w0, updates, part.per)
+            all_moved = moved(w0, updates, part.per)
         part.base.require_unchanged(matrix.module)
-        for source, update, move in zip(group, updates, moves, strict=True):
+        for source, one in zip(group, all_moved, strict=True):
             source.checkpoint.require_unchanged(source.module)
-            _require_finite(part.base, matrix, source, move)
-            found.append(Moved(_name(update.dtype), _name(w0.dtype), move.cpu()))
+            _require_finite(part.base, matrix, source, one.move)
+            found.append(one)
     return found
 
 
-def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displacement]:
+def moved(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Moved]:
     """Tell how the vectors of W0 move under each of several updates, reading W0 once.
 
     Parameters
@@ -107,15 +91,25 @@ def displacements(w0: Tensor, updates: Sequence[Update], per: Per) -> list[Displ
 
     Returns
     -------
-    list of Displacement
+    list of Moved
         One per update, each with one entry per vector.
     """
     moving: Sequence[RowUpdate] = updates
     if per == "input":
-        moving, w0 = [update.transposed(w0) for update in updates], w0.T
+        moving, rows_of_w0 = [update.transposed(w0) for update in updates], w0.T
+    else:
+        rows_of_w0 = w0
     factors = Factors([factor for update in moving for factor in update.factors])
-    rows = Rows(w0, factors, [end for update in moving for end in update.ends])
-    return [update.displacement(rows) for update in moving]
+    rows = Rows(rows_of_w0, factors, [end for update in moving for end in update.ends])
+    return [
+        Moved(
+            _name(stored.dtype),
+            _name(w0.dtype),
+            update.displacement(rows).cpu(),
+            update.rounding(rows).cpu(),
+        )
+        for stored, update in zip(updates, moving, strict=True)
+    ]
 
 
 def _grouped(part: Part) -> Iterator[list[Source]]:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def _compiled(function: Callable[..., None]) -> Any:
+def compiled(function: Callable[..., None]) -> Any:
     """Compile a kernel, and keep the result for later processes where a folder can be written to.
 
     Sums may be taken in any order, so that they are vectorised; NaN and Inf keep their meaning.
@@ -76,8 +76,16 @@ _WIDENED_BY = {
 }
 
 
+@_inlined
+def _spacing(x: Any, epsilon: Any, smallest: Any) -> Any:
+    """Give the distance of a number's neighbours in a format: its power of two, times epsilon."""
+    power = np.int64(np.float64(x).view(np.int64) & np.int64(0x7FF0000000000000)).view(np.float64)
+    return max(power, smallest) * epsilon
+
+
 class _Kernels(NamedTuple):
     squared_norms: Any
+    squared_spacings: Any
     weighted_squares: Any
     project: Any
 
@@ -88,11 +96,11 @@ class _ProductKernels(NamedTuple):
 
 
 @cache
-def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
-    """Give the kernels that read W0 alone, for rows along memory and for rows across it."""
+def _kernels_along(dtype: torch.dtype) -> _Kernels:
+    """Give the kernels that read W0 alone, for rows along memory."""
     widen = _WIDENED_BY[dtype]
 
-    @_compiled
+    @compiled
     def squared_norms(w0: Any, a: Any) -> None:
         for i in range(w0.shape[0]):
             norm = 0.0
@@ -101,7 +109,20 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
                 norm += x * x
             a[i] = norm
 
-    @_compiled
+    @compiled
+    def squared_spacings(w0: Any, epsilon: float, smallest: float, s: Any, p: Any) -> None:
+        for i in range(w0.shape[0]):
+            squares = 0.0
+            products = 0.0
+            for j in range(w0.shape[1]):
+                x = widen(w0[i, j])
+                spacing = _spacing(x, epsilon, smallest)
+                squares += spacing * spacing
+                products += spacing * spacing * x * x
+            s[i] = squares
+            p[i] = products
+
+    @compiled
     def weighted_squares(w0: Any, u: Any, v: Any, by_u: Any, by_v: Any) -> None:
         for i in range(w0.shape[0]):
             sum_u = 0.0
@@ -113,21 +134,25 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
             by_u[i] = sum_u
             by_v[i] = sum_v
 
-    @_inlined
-    def widen_rows(w0: Any, wide: Any) -> None:
-        for i in range(w0.shape[0]):
-            for j in range(w0.shape[1]):
-                wide[i, j] = widen(w0[i, j])
-
-    @_compiled
+    @compiled
     def project(w0: Any, by_rank: Any, projected: Any, step: int) -> None:
         wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
         for start in range(0, w0.shape[0], step):
             stop = min(start + step, w0.shape[0])
-            widen_rows(w0[start:stop], wide)
+            for i in range(start, stop):
+                for j in range(w0.shape[1]):
+                    wide[i - start, j] = widen(w0[i, j])
             np.dot(wide[: stop - start], by_rank, projected[start:stop])
 
-    @_compiled
+    return _Kernels(squared_norms, squared_spacings, weighted_squares, project)
+
+
+@cache
+def _kernels_across(dtype: torch.dtype) -> _Kernels:
+    """Give the kernels that read W0 alone, for rows across memory."""
+    widen = _WIDENED_BY[dtype]
+
+    @compiled
     def squared_norms_across(w0: Any, a: Any) -> None:
         for first in range(0, w0.shape[1], _STRETCH):
             last = min(first + _STRETCH, w0.shape[1])
@@ -136,7 +161,18 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
                     x = widen(w0[i, j])
                     a[j] += x * x
 
-    @_compiled
+    @compiled
+    def squared_spacings_across(w0: Any, epsilon: float, smallest: float, s: Any, p: Any) -> None:
+        for first in range(0, w0.shape[1], _STRETCH):
+            last = min(first + _STRETCH, w0.shape[1])
+            for i in range(w0.shape[0]):
+                for j in range(first, last):
+                    x = widen(w0[i, j])
+                    spacing = _spacing(x, epsilon, smallest)
+                    s[j] += spacing * spacing
+                    p[j] += spacing * spacing * x * x
+
+    @compiled
     def weighted_squares_across(w0: Any, u: Any, v: Any, by_u: Any, by_v: Any) -> None:
         for first in range(0, w0.shape[1], _STRETCH):
             last = min(first + _STRETCH, w0.shape[1])
@@ -146,18 +182,23 @@ def _kernels(dtype: torch.dtype) -> tuple[_Kernels, _Kernels]:
                     by_u[j] += x * x * u[i]
                     by_v[j] += x * x * v[i]
 
-    @_compiled
+    @compiled
     def project_across(w0: Any, by_rank: Any, projected: Any, step: int) -> None:
         wide = np.empty((min(step, w0.shape[0]), w0.shape[1]))
         for start in range(0, w0.shape[0], step):
             stop = min(start + step, w0.shape[0])
-            widen_rows(w0[start:stop], wide)
+            for i in range(start, stop):
+                for j in range(w0.shape[1]):
+                    wide[i - start, j] = widen(w0[i, j])
             projected += np.dot(wide[: stop - start].T, by_rank[start:stop])
 
-    return (
-        _Kernels(squared_norms, weighted_squares, project),
-        _Kernels(squared_norms_across, weighted_squares_across, project_across),
+    return _Kernels(
+        squared_norms_across, squared_spacings_across, weighted_squares_across, project_across
     )
+
+
+def _kernels_for(w0: Tensor) -> _Kernels:
+    return (_kernels_across if lie_across(w0) else _kernels_along)(w0.dtype)
 
 
 @cache
@@ -167,7 +208,7 @@ def _product_kernels(
     """Give those that read W0 and Wt, which need not be of one dtype, for both kinds of rows."""
     widen, widen_t = _WIDENED_BY[dtype], _WIDENED_BY[dtype_t]
 
-    @_compiled
+    @compiled
     def products(w0: Any, wt: Any, c: Any, g: Any) -> None:
         for i in range(w0.shape[0]):
             along = 0.0
@@ -181,7 +222,7 @@ def _product_kernels(
             g[i] = length
 
     # Two at a time, W0 is widened half as often; for more the processor has no registers left.
-    @_compiled
+    @compiled
     def products_of_two(w0: Any, wt: Any, wu: Any, c: Any, g: Any) -> None:
         for i in range(w0.shape[0]):
             along_t = 0.0
@@ -201,7 +242,7 @@ def _product_kernels(
             g[0, i] = length_t
             g[1, i] = length_u
 
-    @_compiled
+    @compiled
     def products_across(w0: Any, wt: Any, c: Any, g: Any) -> None:
         for first in range(0, w0.shape[1], _STRETCH):
             last = min(first + _STRETCH, w0.shape[1])
@@ -212,7 +253,7 @@ def _product_kernels(
                     c[j] += x * delta
                     g[j] += delta * delta
 
-    @_compiled
+    @compiled
     def products_of_two_across(w0: Any, wt: Any, wu: Any, c: Any, g: Any) -> None:
         products_across(w0, wt, c[0], g[0])
         products_across(w0, wu, c[1], g[1])
@@ -236,8 +277,18 @@ def lie_across(rows: Tensor) -> bool:
 def squared_norms(w0: Float[Tensor, "vectors features"]) -> Float[Tensor, "vectors"]:
     """Give ‖w_0‖² of every row, in float64."""
     a = np.zeros(w0.shape[0])
-    _kernels(w0.dtype)[lie_across(w0)].squared_norms(_codes(w0), a)
+    _kernels_for(w0).squared_norms(_codes(w0), a)
     return torch.from_numpy(a)
+
+
+def squared_spacings(
+    w0: Float[Tensor, "vectors features"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
+    """Give Σ s² and Σ s²·w_0² of every row, s the distance of a number's neighbours in a dtype."""
+    squares, products = np.zeros(w0.shape[0]), np.zeros(w0.shape[0])
+    kernel, format_ = _kernels_for(w0).squared_spacings, torch.finfo(dtype)
+    kernel(_codes(w0), format_.eps, format_.tiny, squares, products)
+    return torch.from_numpy(squares), torch.from_numpy(products)
 
 
 def weighted_squares(
@@ -247,7 +298,7 @@ def weighted_squares(
 ) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
     """Give Σ u·w_0² and Σ v·w_0² of every row, in float64, for two sets of weights in float64."""
     by_u, by_v = np.zeros(w0.shape[0]), np.zeros(w0.shape[0])
-    kernel = _kernels(w0.dtype)[lie_across(w0)].weighted_squares
+    kernel = _kernels_for(w0).weighted_squares
     kernel(_codes(w0), u.numpy(), v.numpy(), by_u, by_v)
     return torch.from_numpy(by_u), torch.from_numpy(by_v)
 
@@ -296,7 +347,7 @@ def project(
     projected = np.zeros((w0.shape[0], by_rank.shape[1]))
     codes = _codes(w0)
     step = max(_FEWEST_ROWS, _WIDE_ELEMENTS // max(1, codes.shape[1]))
-    _kernels(w0.dtype)[lie_across(w0)].project(codes, by_rank.numpy(), projected, step)
+    _kernels_for(w0).project(codes, by_rank.numpy(), projected, step)
     return torch.from_numpy(projected)
 
 

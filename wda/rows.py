@@ -31,6 +31,14 @@ def wide_blocks(rows: int, like: Tensor) -> Iterator[slice]:
     return row_blocks((rows, like.shape[1]), WIDE_ELEMENTS[like.device.type])
 
 
+def spacing(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give how far apart numbers of a dtype are around each of these, in float64."""
+    format_ = torch.finfo(dtype)
+    wide = numbers.double()
+    power = torch.exp2(torch.frexp(wide).exponent.double() - 1)
+    return format_.eps * torch.where(wide == 0, 0.0, power).clamp(min=format_.tiny)
+
+
 class Factors:
     """The factors A of all low-rank updates of a matrix, one below the other, in float64.
 
@@ -97,6 +105,7 @@ class Rows:
         self.stored = stored
         self.factors = factors
         self._ends = ends
+        self._spacings: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     @Lazy
     def norm(self) -> Float[Tensor, "vectors"]:
@@ -121,6 +130,29 @@ class Rows:
     ) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]] | None:
         """Give ⟨w_0, δ⟩ and ‖δ‖² for one of the ends, or None where no kernel takes it."""
         return self._products.get(id(end))
+
+    def squared_spacings(
+        self, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "vectors"], Float[Tensor, "vectors"]]:
+        """Give Σ s² and Σ s²·w_0² of every row, s the distance of a number's neighbours in a dtype.
+
+        Numbers are as near to each other as in the coarser of this dtype and their own.
+        """
+        coarser = max(dtype, self.stored.dtype, key=lambda one: torch.finfo(one).eps)
+        if coarser not in self._spacings:
+            self._spacings[coarser] = self._squared_spacings(coarser)
+        return self._spacings[coarser]
+
+    def _squared_spacings(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if kernels.takes(self.stored):
+            return kernels.squared_spacings(self.stored, dtype)
+        found = []
+        for some in self._wide_blocks():
+            w0 = self.stored[some].double()
+            squares = spacing(w0, dtype).square()
+            found.append((squares.sum(dim=1), (squares * w0.square()).sum(dim=1)))
+        of_squares, of_products = zip(*found, strict=True)
+        return torch.cat(of_squares), torch.cat(of_products)
 
     def weighted_squares(
         self, u: Float[Tensor, "features"], v: Float[Tensor, "features"]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
+from torch import Tensor
+
+from wda.changes import Change, Moved, Vectors, changes, head_size
 from wda.checkpoints import FullCheckpoint
-from wda.decomposition import Per, decomposition, join
-from wda.engine import Moved, Part, alone, measure_part
+from wda.decomposition import Displacement, Per, join
+from wda.engine import Part, alone, measure_part
+from wda.floors import join_roundings
 from wda.naming import Matrix
 from wda.pairing import Pairing, Source
 from wda.rows import row_blocks
@@ -31,35 +36,31 @@ _MOST_PENDING = 1024
 
 
 @dataclass(frozen=True)
-class Change:
-    """The change of one matrix in the numbers of a table's row.
+class Measurement:
+    """The change of one matrix of one checkpoint.
 
     Attributes
     ----------
-    dtype, base_dtype : str
-        The dtypes of the numbers, of the checkpoint and of W0.
-    n_vectors, n_undirected : int
-        How many vectors there are, and how many of them have no direction.
-    delta_m, delta_d : float
-        ΔM and ΔD.
+    matrix : Matrix
+        The matrix of the base.
+    source : Source
+        The checkpoint, and its name for the module.
+    per : {"output", "input"}
+        Which axis the vectors are.
+    changes : tuple of Change
+        The numbers of its rows.
+    norms : Tensor
+        m_0 of every vector of the matrix, in float64.
+    move : Displacement or None
+        How every vector moved, where that was asked for.
     """
-
-    dtype: str
-    base_dtype: str
-    n_vectors: int
-    n_undirected: int
-    delta_m: float
-    delta_d: float
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The change of one matrix of one checkpoint."""
 
     matrix: Matrix
     source: Source
     per: Per
-    change: Change
+    changes: tuple[Change, ...]
+    norms: Tensor
+    move: Displacement | None = None
 
 
 @dataclass(frozen=True)
@@ -100,29 +101,31 @@ class _Job:
     parts: list[Part]
     moved: dict[int, list[Moved]] = field(default_factory=dict)
 
-    def measurements(self) -> list[Measurement]:
+    def measurements(self, vectors: Vectors, config: Mapping[str, Any]) -> list[Measurement]:
         """Put the parts together, when all are there."""
-        found = []
+        found: list[Measurement] = []
+        matrix = self.pairing.matrix
+        size = head_size(matrix, config, vectors.per)
         for i, source in enumerate(self.pairing.sources):
-            moved = [self.moved[k][i] for k in range(len(self.parts))]
-            change = decomposition(join([part.move for part in moved]))
-            numbers = Change(
-                dtype=moved[0].dtype,
-                base_dtype=moved[0].base_dtype,
-                n_vectors=change.n_vectors,
-                n_undirected=change.n_undirected,
-                delta_m=change.delta_m,
-                delta_d=change.delta_d,
+            parts = [self.moved[k][i] for k in range(len(self.parts))]
+            whole = Moved(
+                parts[0].dtype,
+                parts[0].base_dtype,
+                join([part.move for part in parts]),
+                join_roundings([part.rounding for part in parts]),
             )
-            found.append(Measurement(self.pairing.matrix, source, self.parts[0].per, numbers))
+            rows = tuple(changes(whole, vectors.granularity, size))
+            norms = found[0].norms if found else whole.move.norm
+            found.append(Measurement(matrix, source, vectors.per, rows, norms, whole.move))
         return found
 
 
 def measure(
     base: FullCheckpoint,
     pairings: Sequence[Pairing],
-    per: Per,
+    vectors: Vectors,
     work: Work,
+    keep_moves: bool = False,
     on_part: Callable[[int, int, Matrix], None] = lambda _done, _total, _matrix: None,
     on_matrix: Callable[[list[Measurement]], None] = lambda _measurements: None,
 ) -> list[Measurement]:
@@ -134,10 +137,12 @@ def measure(
         The pre-trained model.
     pairings : sequence of Pairing
         What is to be measured.
-    per : {"output", "input"}
-        Which axis the vectors are.
+    vectors : Vectors
+        What counts as a vector, and what has a row.
     work : Work
         How it is done. Whoever does it, the numbers are the same to the last bit.
+    keep_moves : bool
+        Whether the measurements keep how every vector moved.
     on_part : callable, optional
         Called after each unit, with how many are done, how many there are, and its matrix.
     on_matrix : callable, optional
@@ -148,16 +153,19 @@ def measure(
     list of Measurement
         In the order of the pairings, whatever order they finished in.
     """
-    jobs = [_Job(pairing, cut(base, pairing, per, work)) for pairing in pairings]
+    jobs = [_Job(pairing, cut(base, pairing, vectors.per, work)) for pairing in pairings]
     units = [(job, index) for job in jobs for index in range(len(job.parts))]
     found: dict[Matrix, list[Measurement]] = {}
     with _running(work) as executor:
         for done, (job, index, moved) in enumerate(_finished(executor, units), start=1):
             job.moved[index] = moved
             if len(job.moved) == len(job.parts):
-                found[job.pairing.matrix] = job.measurements()
+                done_with = job.measurements(vectors, base.config)
                 job.moved.clear()
-                on_matrix(found[job.pairing.matrix])
+                if not keep_moves:
+                    done_with = [replace(one, move=None) for one in done_with]
+                found[job.pairing.matrix] = done_with
+                on_matrix(done_with)
             on_part(done, len(units), job.pairing.matrix)
     return [measurement for pairing in pairings for measurement in found[pairing.matrix]]
 

@@ -35,6 +35,9 @@ def _optional(dtype: str, meaning: str) -> Column:
     return Column(dtype, meaning, required=False)
 
 
+# Beside the table, where it was asked for: every vector's own changes.
+VECTORS_FILE = "vectors.parquet"
+
 # Which quantiles of the vectors' changes stand in the table.
 QUANTILES = (5, 25, 50, 75, 95)
 
@@ -49,7 +52,9 @@ COLUMNS: dict[str, Column] = {
     "matrix": Column("string", "label: query, key, value, output, gate, up, down, or a last name"),
     "head": _optional("Int64", "number of the attention head, where there is a row per head"),
     "granularity": _optional(
-        "string", "what a vector is: 'vector', 'head' (rows of one head), or the whole 'matrix'"
+        "string",
+        "what the row is of: all vectors of a matrix ('vector'), those of one attention head "
+        "('head'), or the matrix taken as one vector ('matrix')",
     ),
     "per": Column("string", "'output': one vector per output feature; 'input': per input feature"),
     "out_features": Column("int64", "rows of the matrix"),

@@ -70,6 +70,10 @@ class Adapter(Checkpoint):
         """Read the update of a matrix, or of some of its rows."""
         return self.forms[module].update(Wanted(matrix, base, rows))
 
+    def rank(self, module: str) -> int | None:
+        """Give the rank of the form's factors, where it has some."""
+        return self.forms[module].rank
+
     def needs_whole(self, module: str) -> bool:
         """Tell whether the form asks for the whole of W0."""
         return self.forms[module].needs_whole

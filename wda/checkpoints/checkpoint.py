@@ -109,6 +109,10 @@ class Checkpoint(ABC):
             Rows of it; where the checkpoint lies elsewhere, no others are fetched.
         """
 
+    def rank(self, module: str) -> int | None:  # noqa: ARG002
+        """Give the rank that a module's update cannot exceed; None where nothing bounds it."""
+        return None
+
     def needs_whole(self, module: str) -> bool:  # noqa: ARG002
         """Tell whether an update of some rows can be told only from the whole of W0."""
         return False

@@ -59,6 +59,10 @@ class TrainedOn(Checkpoint):
         """Tell what the adapter says."""
         return self.adapter.says_transposed(module, stored)
 
+    def rank(self, module: str) -> int | None:  # noqa: ARG002
+        """Give none, for the change has the quantisation in it, which no rank bounds."""
+        return None
+
     def needs_whole(self, module: str) -> bool:
         """Tell whether the adapter asks for the whole of the weights it was trained on."""
         return self.adapter.needs_whole(module)

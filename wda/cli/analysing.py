@@ -73,6 +73,25 @@ def compare(
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where to compute; cuda:1 for the second GPU.")
     ] = "cpu",
+    granularity: Annotated[
+        str,
+        typer.Option(
+            metavar="vector|head|matrix",
+            help="What has a row: all vectors of a matrix, those of each attention head, or the "
+            "matrix taken as one vector.",
+        ),
+    ] = "vector",
+    null: Annotated[
+        str,
+        typer.Option(
+            metavar="isotropic|rank|none",
+            help="Which random updates of the measured size r and slope are held against: any, or "
+            "those of the same rank.",
+        ),
+    ] = "isotropic",
+    vectors: Annotated[
+        bool, typer.Option("--vectors", help="Also write vectors.parquet: a row per vector.")
+    ] = False,
     alpha: Alpha = None,
     enabled: Enabled = None,
     axis: Axis = None,
@@ -144,6 +163,16 @@ def compare(
     explain_files_cut_short()
     if per not in (None, "output", "input"):
         raise typer.BadParameter(f"'output' or 'input', not {per!r}", param_hint="--per")
+    if granularity not in ("vector", "head", "matrix"):
+        raise typer.BadParameter(
+            f"'vector', 'head' or 'matrix', not {granularity!r}", param_hint="--granularity"
+        )
+    if null not in ("isotropic", "rank", "none"):
+        raise typer.BadParameter(
+            f"'isotropic', 'rank' or 'none', not {null!r}", param_hint="--null"
+        )
+    if vectors and out is None:
+        raise typer.BadParameter("needs --out DIR to write into", param_hint="--vectors")
     if w0 not in (None, "original", "dequantized"):
         raise typer.BadParameter(f"'original' or 'dequantized', not {w0!r}", param_hint="--w0")
     if cache is not None and no_cache:
@@ -171,6 +200,9 @@ def compare(
             device=device,
             given=gather(alpha, enabled, axis, initial, trained_on),
             w0=w0,  # type: ignore[arg-type]
+            granularity=granularity,  # type: ignore[arg-type]
+            null=None if null == "none" else null,  # type: ignore[arg-type]
+            vectors=vectors,
             progress=sys.stderr.isatty(),
         )
         if folder is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wda.decomposition import Displacement
+from wda.floors import Rounding, of_factors
 from wda.rows import Rows
 from wda.updates.update import Some, from_products
 
@@ -100,3 +101,7 @@ class LowRank:
         # What ‖δ‖² could be at most, if the rank-one terms did not cancel each other.
         largest = self.scaling**2 * B.square().sum(dim=1) * gram.trace()
         return from_products(self, w0, c, g, largest)
+
+    def rounding(self, w0: Rows) -> Rounding:
+        """Tell how far each row would move by the rounding of A and B."""
+        return of_factors(w0, self.A, self.B, self.scaling)

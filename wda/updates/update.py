@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wda.decomposition import Displacement, displacement
+from wda.floors import Rounding
 from wda.rows import Rows, wide_blocks
 
 # Which rows of a block: one behind the other, or one by one.
@@ -40,6 +41,10 @@ class RowUpdate(Protocol):
 
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row of ``w0``, of this update's shape, moves."""
+        ...
+
+    def rounding(self, w0: Rows) -> Rounding:
+        """Tell how far each row of ``w0`` would move by the rounding of what is stored alone."""
         ...
 
     def delta(self, w0: Tensor, some: Some) -> Tensor:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wda.decomposition import Displacement
+from wda.floors import Rounding, of_factors, of_magnitude
 from wda.rows import Factors, Rows
 from wda.updates.dense import Computed
 from wda.updates.low_rank import LowRank, inner_products
@@ -70,6 +71,10 @@ class WeightDecomposed:
         move = self.direction.displacement(w0)
         return _stretched(move, self._scale(move.final_norm))
 
+    def rounding(self, w0: Rows) -> Rounding:
+        """Tell how far each row would move by the rounding of m, and of what V is made of."""
+        return of_magnitude(self.direction.rounding(w0), self.magnitude, w0.norm)
+
     def _scale(self, v_norm: Tensor, some: Some = slice(None)) -> Float[Tensor, vectors]:
         """κ = m/‖V‖ of every row; 0 where V is zero and has no direction to scale."""
         return torch.where(v_norm > 0, self.magnitude[some].double() / v_norm, 0.0)
@@ -109,6 +114,10 @@ class RowScaled:
     def displacement(self, w0: Rows) -> Displacement:
         """Tell how each row moves: V's displacement, stretched by κ."""
         return _stretched(self.direction.displacement(w0), self.scale)
+
+    def rounding(self, w0: Rows) -> Rounding:
+        """Tell how far each row would move by the rounding of what V is made of."""
+        return self.direction.rounding(w0)
 
 
 class ColumnScaled:
@@ -168,6 +177,11 @@ class ColumnScaled:
         c, g = c + squares[0], g + squares[1] + 2 * s * (w0.times(mixed) * B).sum(dim=1)
         largest = squares[1] + s**2 * B.square().sum(dim=1) * gram.trace()
         return from_products(self, w0, c, g, largest)
+
+    def rounding(self, w0: Rows) -> Rounding:
+        """Tell how far each row would move by the rounding of κ ⊙ A and of B."""
+        A = self.factors[0]
+        return of_factors(w0, A, self.low_rank.B, self.low_rank.scaling, self.low_rank.A.dtype)
 
 
 def column_scaled(direction: RowUpdate, scale: Float[Tensor, features]) -> Update:

@@ -148,3 +148,18 @@ def test_nothing_is_flagged_that_is_far_above(runs: dict[str, Path], base: Path)
     found = wda.compare([runs["lora"], runs["dora"]], base=base, progress=False)
     assert not found.table["below_floor"].any()
     assert not [note for note in found.notes if "below_floor" in note]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1"])
+def test_levels_of_ggufs_types_are_as_far_apart_as_rounding_shows(kind: str) -> None:
+    import gguf
+
+    from wda.checkpoints.gguf import _LEVELS
+    from wda.checkpoints.levels import even
+
+    numbers = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    of_type = gguf.GGMLQuantizationType[kind]
+    packed = torch.from_numpy(gguf.dequantize(gguf.quantize(numbers.numpy(), of_type), of_type))
+    rounded = (packed - numbers).square().mean()
+    steps = even(packed, *_LEVELS[kind])
+    assert float(rounded) == pytest.approx(float(steps.square().mean() / 12), rel=0.1)

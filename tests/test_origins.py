@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import wda_command
 from safetensors.torch import load_file, save_file
 
 import wda
@@ -165,6 +166,20 @@ def test_an_unquantised_base_that_the_training_never_saw_is_told(
         warnings.simplefilter("always", UserWarning)
         wda.merge(run, tmp_path / "out", base.path, progress=False)
     assert any("was trained on" in str(w.message) for w in caught) == (said is not None)
+    compared = wda.compare(run, base.path, null=None, progress=False)
+    assert any(note in compared.notes for note in notes) == (said is not None)
+
+
+def test_a_merge_on_other_weights_is_told_of_in_one_plain_line(tmp_path: Path) -> None:
+    run = adapter(
+        tmp_path / "a", "nf4_double", dora=True, base_model_name_or_path="org/llama-bnb-4bit"
+    )
+    base = FIXTURES / "nf4_double" / "base"
+    done = wda_command("merge", run, "--base", base, "--out", "merged", cwd=tmp_path)
+    assert done.returncode == 0
+    (line,) = (line for line in done.stderr.splitlines() if "was trained on" in line)
+    assert "UserWarning" not in done.stderr
+    assert "by its name a quantised model" in line
 
 
 def test_the_packed_base_beside_the_factors_tells(tmp_path: Path) -> None:

@@ -61,6 +61,28 @@ def test_values_are_those_of_the_library(fixture: str) -> None:
         torch.testing.assert_close(checkpoint.tensors.read(name), wanted, rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("per", ["output", "input"])
+@pytest.mark.parametrize("fixture", ["nf4_double", "fp4", "int8", "fp8_blocks", "mlx_4bit"])
+def test_the_floor_of_packed_weights_is_what_packing_them_shows(fixture: str, per: str) -> None:
+    """Those whose fixture holds the weights that were packed."""
+    folder = FIXTURES / fixture
+    packed, plain = folder / "checkpoint", folder / "base"
+    there, back = (
+        wda.compare(
+            one,
+            base=other,
+            per=per,
+            matrices=["query", "down", "up"],
+            progress=False,  # type: ignore[arg-type]
+        ).table
+        for one, other in ((packed, plain), (plain, packed))
+    )
+    for table in (there, back):
+        assert table["below_floor"].all()
+        assert 0.6 < table["delta_m"].mean() / table["floor_delta_m"].mean() < 1.3
+        assert 0.85 < table["delta_d"].mean() / table["floor_delta_d"].mean() < 1.15
+
+
 @pytest.mark.parametrize("fixture", SCHEMES)
 def test_rows_are_rows_of_the_whole(fixture: str) -> None:
     tensors = open_base(FIXTURES / fixture / "checkpoint").tensors

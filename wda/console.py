@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer import echo
 
+from wda.errors import listing
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -78,7 +80,7 @@ def show_inspection(found: Sequence[Inspection], as_json: bool) -> None:
         "steps": steps or "not known",
         "base": newest.base or "not named",
         "files": ", ".join(f"{name} ({decimal(size)})" for name, size in newest.files.items()),
-        "not read": ", ".join(newest.unread) or "nothing",
+        "not read": listing(newest.unread) or "nothing",
     }
     for name, fact in facts.items():
         echo(f"{name:9} {fact}")

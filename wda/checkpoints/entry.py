@@ -28,6 +28,9 @@ class Entry:
         How many bytes of the file it takes.
     stored : str
         How and where in the file it is stored, as the header says.
+    spacings : callable or None
+        Of packed numbers, gives how far apart the levels are around each, as ``read`` gives the
+        numbers; None where the dtype says it.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +38,7 @@ class Entry:
     read: Callable[[slice], Tensor]
     nbytes: int
     stored: str
+    spacings: Callable[[slice], Tensor] | None = None
 
 
 @dataclass(frozen=True)

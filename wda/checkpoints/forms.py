@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from wda.checkpoints.levels import spacings_of
 from wda.checkpoints.tensors import Tensors, laid_flat
 from wda.naming import Matrix, pick
 from wda.updates import (
@@ -177,7 +178,8 @@ class Whole(Form):
 
     def update(self, wanted: Wanted) -> Dense:
         """Give Wt as it is stored."""
-        return Dense(self.weight.tensors.read_matrix(self.weight.name, wanted.matrix, wanted.rows))
+        tensors, where = self.weight.tensors, (self.weight.name, wanted.matrix, wanted.rows)
+        return Dense(tensors.read_matrix(*where), spacings_of(tensors, *where))
 
 
 @dataclass(frozen=True)

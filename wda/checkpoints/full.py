@@ -11,6 +11,7 @@ from torch import Tensor
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.entry import Entry
 from wda.checkpoints.found import Found
+from wda.checkpoints.levels import spacings_of
 from wda.checkpoints.tensors import Tensors, read_json
 from wda.errors import CheckpointError
 from wda.naming import Matrix
@@ -92,11 +93,14 @@ class FullCheckpoint(Checkpoint):
         self,
         module: str,
         matrix: Matrix,
-        base: FullCheckpoint,  # noqa: ARG002
+        base: FullCheckpoint,
         rows: slice | None = None,
     ) -> Dense:
         """Give Wt as it is stored."""
-        return Dense(self.weight(module, matrix, rows))
+        spacings = spacings_of(self.tensors, f"{module}.weight", matrix, rows)
+        if spacings is None:
+            spacings = spacings_of(base.tensors, f"{matrix.module}.weight", matrix, rows)
+        return Dense(self.weight(module, matrix, rows), spacings)
 
     def tensors_of(self, module: str) -> tuple[str, ...]:
         """Name the weight."""

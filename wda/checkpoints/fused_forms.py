@@ -212,10 +212,12 @@ def _slice_of(index: int, whole: Derived, sources: Sequence[Entry]) -> Entry:
 
 def slice_of(index: int, entry: Entry) -> Entry:
     """Give the entry of a slice of a tensor that stacks several."""
+    one, apart = slice(index, index + 1), entry.spacings
     return Entry(
         entry.shape[1:],
         entry.file,
-        lambda rows: entry.read(slice(index, index + 1))[0][rows],
+        lambda rows: entry.read(one)[0][rows],
         math.prod(entry.shape[1:]) * (entry.nbytes // max(math.prod(entry.shape), 1)),
         f"{entry.stored} [{index}]",
+        None if apart is None else lambda rows: apart(one)[0][rows],
     )

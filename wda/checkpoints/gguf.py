@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wda.checkpoints.entry import Entry, WeightFile, state_of
 from wda.checkpoints.fused_forms import slice_of
+from wda.checkpoints.levels import even
 from wda.checkpoints.tensors import ALL, Tensors, damaged
 from wda.errors import CheckpointError, MissingExtraError
 
@@ -108,6 +109,21 @@ OF_ADAPTERS = tuple(
 )
 _FACTOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight\.(lora_[ab])")
 _Make = Callable[..., Entry]
+
+# Packed type → numbers that share a scale, steps from the largest to zero or to the smallest, and
+# which of the two. The scales of K-quants are rounded themselves, so theirs are close, not exact.
+_LEVELS = {
+    "Q4_0": (32, 8, True),
+    "Q5_0": (32, 16, True),
+    "Q8_0": (32, 127, True),
+    "Q4_1": (32, 15, False),
+    "Q5_1": (32, 31, False),
+    "Q2_K": (16, 3, False),
+    "Q3_K": (16, 4, True),
+    "Q4_K": (32, 15, False),
+    "Q5_K": (32, 31, False),
+    "Q6_K": (16, 32, True),
+}
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 
@@ -253,7 +269,18 @@ def _entry(
     def read(rows: slice) -> Tensor:
         return values(ALL).T[rows] if turned else values(rows)
 
+    def spacings(rows: slice) -> Tensor:
+        apart = even(values(ALL if turned else rows), *_LEVELS[kind.name])
+        return apart.T[rows] if turned else apart
+
     # The same bytes in another order, or turned, are another tensor.
     second = None if places is None else int(places[1])
     stored = f"{kind.name.lower()} {tensor.data_offset} {second} {turned}"
-    return Entry(shape[::-1] if turned else shape, path, read, 4 * int(tensor.n_elements), stored)
+    return Entry(
+        shape[::-1] if turned else shape,
+        path,
+        read,
+        4 * int(tensor.n_elements),
+        stored,
+        spacings if kind.name in _LEVELS else None,
+    )

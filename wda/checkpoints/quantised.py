@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from wda.checkpoints.entry import Derived, Entry
+from wda.checkpoints.levels import between
 from wda.checkpoints.tensors import ALL, Tensors
 from wda.errors import CheckpointError
 from wda.places import Place
+from wda.rows import spacing
 
 Values = Callable[[slice], Tensor]
+_Read = tuple[tuple[int, ...], Values, Values]  # shape, values, and how far apart their levels are
 
 # Schemes that are not read, and the part each is told by.
 _OTHERS = {
@@ -119,9 +122,9 @@ def dequantised(
 
 def _making(scheme: str, read: _Reader, module: _Module) -> Callable[[Sequence[Entry]], Entry]:
     def make(parts: Sequence[Entry]) -> Entry:
-        shape, values = read(module, *parts)
+        shape, values, spacings = read(module, *parts)
         stored = f"{scheme} {[part.stored for part in parts]}"
-        return Entry(shape, parts[0].file, values, 4 * math.prod(shape), stored)
+        return Entry(shape, parts[0].file, values, 4 * math.prod(shape), stored, spacings)
 
     return make
 
@@ -133,24 +136,31 @@ def _four_bits(
     code: Entry,
     state: Entry,
     *nested: Entry,
-) -> tuple[tuple[int, ...], Values]:
+) -> _Read:
     """Read bitsandbytes' NF4 or FP4: blocks of a flat weight, each with its largest number."""
     how = json.loads(bytes(state.read(ALL).tolist()))
     shape, block = tuple(how["shape"]), int(how["blocksize"])
     width = math.prod(shape[1:])
 
-    def values(rows: slice) -> Tensor:
+    def looked_up(levels: Tensor, rows: slice) -> Tensor:
         first, last, _ = rows.indices(shape[0])
         begin, end = first * width // block, -(-last * width // block)
         packed = weight.read(ALL).flatten().view(torch.uint8)[begin * block // 2 : end * block // 2]
         indices = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
-        flat = code.read(ALL).float()[indices.long()]
+        flat = levels[indices.long()]
         largest = _largest(how, absmax, nested)[begin:end]
         flat = flat * largest.repeat_interleave(block)[: len(flat)]
         start = first * width - begin * block
         return flat[start : start + (last - first) * width].view(last - first, *shape[1:])
 
-    return shape, values
+    def levels() -> Tensor:
+        return code.read(ALL).float()
+
+    return (
+        shape,
+        lambda rows: looked_up(levels(), rows),
+        lambda rows: looked_up(between(levels()), rows),
+    )
 
 
 def _largest(how: Mapping[str, Any], absmax: Entry, nested: Sequence[Entry]) -> Tensor:
@@ -167,18 +177,19 @@ def _int8(
     module: _Module,  # noqa: ARG001
     weight: Entry,
     largest: Entry,
-) -> tuple[tuple[int, ...], Values]:
+) -> _Read:
     """Read bitsandbytes' LLM.int8: each output feature's largest number stands for 127."""
 
     def values(rows: slice) -> Tensor:
-        return weight.read(rows).float() * (largest.read(rows).float() / 127)[:, None]
+        return weight.read(rows).float() * step(rows)
 
-    return weight.shape, values
+    def step(rows: slice) -> Tensor:
+        return (largest.read(rows).float() / 127)[:, None]
+
+    return weight.shape, values, lambda rows: step(rows).expand(-1, weight.shape[1])
 
 
-def _gptq(
-    module: _Module, packed: Entry, zeros: Entry, scales: Entry, group: Entry
-) -> tuple[tuple[int, ...], Values]:
+def _gptq(module: _Module, packed: Entry, zeros: Entry, scales: Entry, group: Entry) -> _Read:
     """Read GPTQ: packed along the input features, whose group is told for each."""
     features, out = group.shape[0], packed.shape[1]
     bits = 32 * packed.shape[0] // features
@@ -189,12 +200,13 @@ def _gptq(
 
     def values(rows: slice) -> Tensor:
         numbers = _unpack(packed.read(ALL)[:, rows].T, bits)
-        of_group = group.read(ALL).long()
         offsets = _unpack(zeros.read(ALL), bits)[:, rows] + less
-        size = scales.read(ALL)[:, rows].float()
-        return (numbers - offsets.T[:, of_group]) * size.T[:, of_group]
+        return (numbers - offsets.T[:, group.read(ALL).long()]) * step(rows)
 
-    return (out, features), values
+    def step(rows: slice) -> Tensor:
+        return scales.read(ALL)[:, rows].float().T[:, group.read(ALL).long()]
+
+    return (out, features), values, step
 
 
 def _awq(
@@ -202,7 +214,7 @@ def _awq(
     packed: Entry,
     zeros: Entry,
     scales: Entry,
-) -> tuple[tuple[int, ...], Values]:
+) -> _Read:
     """Read AWQ, always of four bits: packed along the output features."""
     features, out = packed.shape[0], scales.shape[1]
     group = features // scales.shape[0]
@@ -213,49 +225,58 @@ def _awq(
 
     def values(rows: slice) -> Tensor:
         offsets = dealt(zeros)[:, rows].repeat_interleave(group, dim=0)
-        size = scales.read(ALL)[:, rows].float().repeat_interleave(group, dim=0)
-        return ((dealt(packed)[:, rows] - offsets) * size).T
+        return (dealt(packed)[:, rows] - offsets).T * step(rows)
 
-    return (out, features), values
+    def step(rows: slice) -> Tensor:
+        return scales.read(ALL)[:, rows].float().repeat_interleave(group, dim=0).T
+
+    return (out, features), values, step
 
 
-def _scaled(module: _Module, weight: Entry, scale: Entry) -> tuple[tuple[int, ...], Values]:
+def _scaled(module: _Module, weight: Entry, scale: Entry) -> _Read:
     """Read numbers of 8 bits, times one scale in all, one per output feature or per block."""
     (out, _), flat = weight.shape, math.prod(scale.shape)
 
-    def values(rows: slice) -> Tensor:
+    def size(rows: slice) -> Tensor:
         first, last, _ = rows.indices(out)
-        numbers, size = weight.read(rows).float(), scale.read(ALL).float()
+        sizes = scale.read(ALL).float()
         if flat == 1:
-            return numbers * size.flatten()
+            return sizes.flatten()
         if flat == out:
-            return numbers * size.flatten()[rows, None]
+            return sizes.flatten()[rows, None]
         high, wide = module.setting("weight_block_size")
-        blocks = size[torch.arange(first, last) // high]
-        return numbers * blocks[:, torch.arange(numbers.shape[1]) // wide]
+        blocks = sizes[torch.arange(first, last) // high]
+        return blocks[:, torch.arange(weight.shape[1]) // wide]
 
-    return weight.shape, values
+    def values(rows: slice) -> Tensor:
+        return weight.read(rows).float() * size(rows)
+
+    def spacings(rows: slice) -> Tensor:
+        numbers = weight.read(rows)
+        whole = not numbers.dtype.is_floating_point
+        apart = torch.ones(numbers.shape) if whole else spacing(numbers.float(), numbers.dtype)
+        return apart.float() * size(rows)
+
+    return weight.shape, values, spacings
 
 
-def _packed(
-    module: _Module, packed: Entry, scale: Entry, shape: Entry
-) -> tuple[tuple[int, ...], Values]:
+def _packed(module: _Module, packed: Entry, scale: Entry, shape: Entry) -> _Read:
     """Read compressed-tensors' packed integers, symmetric around 0, packed along the inputs."""
     out, features = (int(size) for size in shape.read(ALL))
     bits = 32 * packed.shape[1] // features
     _require_whole_words(module, bits)
 
     def values(rows: slice) -> Tensor:
-        numbers = _unpack(packed.read(rows), bits)[:, :features] - (1 << (bits - 1))
+        return (_unpack(packed.read(rows), bits)[:, :features] - (1 << (bits - 1))) * step(rows)
+
+    def step(rows: slice) -> Tensor:
         size = scale.read(rows).float()
-        return numbers * size.repeat_interleave(features // size.shape[1], dim=1)
+        return size.repeat_interleave(features // size.shape[1], dim=1)
 
-    return (out, features), values
+    return (out, features), values, step
 
 
-def _mlx(
-    module: _Module, packed: Entry, scales: Entry, biases: Entry
-) -> tuple[tuple[int, ...], Values]:
+def _mlx(module: _Module, packed: Entry, scales: Entry, biases: Entry) -> _Read:
     """Read MLX's groups along the input features, each with a scale and a bias."""
     bits, group = int(module.setting("bits")), int(module.setting("group_size"))
     features = scales.shape[-1] * group
@@ -268,12 +289,12 @@ def _mlx(
 
     def values(rows: slice) -> Tensor:
         numbers = _unpack(packed.read(rows).view(torch.int32), bits)
-        size, zero = (
-            part.read(rows).float().repeat_interleave(group, dim=-1) for part in (scales, biases)
-        )
-        return numbers * size + zero
+        return numbers * spread(scales, rows) + spread(biases, rows)
 
-    return (*packed.shape[:-1], features), values
+    def spread(part: Entry, rows: slice) -> Tensor:
+        return part.read(rows).float().repeat_interleave(group, dim=-1)
+
+    return (*packed.shape[:-1], features), values, lambda rows: spread(scales, rows)
 
 
 def _require_whole_words(module: _Module, bits: int) -> None:
@@ -290,7 +311,7 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
-_Reader = Callable[..., tuple[tuple[int, ...], Values]]
+_Reader = Callable[..., _Read]
 
 _NESTED = (".weight.nested_absmax", ".weight.nested_quant_map")
 _GPTQ = (".qweight", ".qzeros", ".scales")

@@ -10,6 +10,7 @@ from wda.checkpoints.adapter import Adapter
 from wda.checkpoints.checkpoint import Checkpoint
 from wda.checkpoints.found import Found
 from wda.checkpoints.full import FullCheckpoint
+from wda.checkpoints.levels import spacings_of
 from wda.errors import PairingError
 from wda.naming import Matrix
 from wda.places import Place
@@ -91,7 +92,8 @@ class TrainedOn(Checkpoint):
             wide = start[some].double()
             return wide - w0 + update.delta(wide, some)
 
-        return Computed(update.shape, update.dtype, form)
+        spacings = spacings_of(self.model.tensors, f"{matrix.module}.weight", matrix, rows)
+        return Computed(update.shape, update.dtype, form, spacings)
 
     def held_bytes(
         self, module: str, matrix: Matrix, rows: slice | None = None, moved: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,10 @@ def merge(
     from wda.merging import merge as run_merge
 
     given = gather(alpha, enabled, axis, initial)
-    done = run_merge(adapter, out, base, given, progress=sys.stderr.isatty())
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always", UserWarning)
+        done = run_merge(adapter, out, base, given, progress=sys.stderr.isatty())
+    say(*(str(doubt.message) for doubt in doubts))
     show_merged(done, as_json)
     say(f"written to {out}: the merged model")
 

@@ -32,6 +32,7 @@ CONTRACT_FILES = {
     "scatter.png",
     "scatter.pdf",
     "provenance.json",
+    "nulls.parquet",
 }
 
 
@@ -151,7 +152,7 @@ def test_a_place_that_cannot_be_written_fails_before_the_work(
     runs: dict[str, Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(comparison_module, "open_base", None)  # the work would fail on it
+    monkeypatch.setattr(comparison_module, "open_all", None)  # the work would fail on it
     line = one_line(compared(runs, base, tmp_path / "file" / "out"))
     assert "cannot be written to: Not a directory; choose another folder" in line
 

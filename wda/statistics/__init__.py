@@ -1,0 +1,15 @@
+"""Table → fits: how ΔM goes with ΔD, how certain that is, and whether it is more than chance."""
+
+from wda.statistics.columns import ALL, COLUMNS, COMPARISON_COLUMNS, ESTIMATES
+from wda.statistics.fitting import compute_statistics
+from wda.statistics.lines import Fit, fit_line
+
+__all__ = [
+    "ALL",
+    "COLUMNS",
+    "COMPARISON_COLUMNS",
+    "ESTIMATES",
+    "Fit",
+    "compute_statistics",
+    "fit_line",
+]

@@ -72,7 +72,7 @@ class Cloud:
         return _standardised(self.x), _standardised(self.y)
 
     def spread(self) -> tuple[float, float]:
-        """Standard deviations of x and y."""
+        """Give the standard deviations of x and y."""
         return float(self.x.std()), float(self.y.std())
 
 
@@ -83,7 +83,8 @@ def _count(groups: np.ndarray) -> int:
 def _standardised(values: np.ndarray) -> np.ndarray:
     centred = values - values.mean()
     centred[np.abs(centred) <= rounding(values)] = 0
-    return centred / (centred.std() or 1.0)
+    scaled: np.ndarray = centred / (centred.std() or 1.0)
+    return scaled
 
 
 def make_cloud(rows: pd.DataFrame) -> Cloud:
@@ -116,7 +117,8 @@ def make_cloud(rows: pd.DataFrame) -> Cloud:
 
 def has_both(rows: pd.DataFrame) -> np.ndarray:
     """Tell which rows have both coordinates."""
-    return np.isfinite(rows[["delta_d", "delta_m"]].to_numpy(float)).all(axis=1)
+    both: np.ndarray = np.isfinite(rows[["delta_d", "delta_m"]].to_numpy(float)).all(axis=1)
+    return both
 
 
 def layer_names(rows: pd.DataFrame) -> pd.Series:
@@ -130,7 +132,7 @@ def layer_names(rows: pd.DataFrame) -> pd.Series:
 
 
 def _codes(*keys: pd.Series) -> np.ndarray:
-    """Number the groups of rows that have the same keys, in an order that rows do not decide."""
+    """Give each row the number of its keys, in an order that the rows' does not decide."""
     frame = pd.concat(keys, axis=1, keys=range(len(keys)))
     return frame.groupby(list(frame.columns), sort=True, dropna=False).ngroup().to_numpy()
 
@@ -153,27 +155,21 @@ def select(table: pd.DataFrame) -> Iterator[Selection]:
 
     Vectors of another axis or granularity are other vectors, so each is fitted by itself.
     """
-    places = table.reset_index(drop=True)
-    kinds = ["per", "granularity"]
-    for (run, method, per, granularity), rows in places.groupby(
-        ["run", "method", *kinds], sort=False, dropna=False
-    ):
-        known = None if pd.isna(granularity) else str(granularity)
-        yield from _by_label(rows, str(run), str(method), str(per), known)
-    for (method, per, granularity), rows in places.groupby(
-        ["method", *kinds], sort=False, dropna=False
-    ):
-        known = None if pd.isna(granularity) else str(granularity)
-        if rows["run"].nunique() > 1:
-            yield from _by_label(rows, None, str(method), str(per), known)
+    rows = table.reset_index(drop=True)
+    kinds = ["method", "per", "granularity"]
+    for run, of_run in rows.groupby("run", sort=False):
+        for _, alike in of_run.groupby(kinds, sort=False, dropna=False):
+            yield from _by_label(alike, str(run))
+    for _, alike in rows.groupby(kinds, sort=False, dropna=False):
+        if alike["run"].nunique() > 1:
+            yield from _by_label(alike, None)
 
 
-def _by_label(
-    rows: pd.DataFrame, run: str | None, method: str, per: str, granularity: str | None
-) -> Iterator[Selection]:
+def _by_label(rows: pd.DataFrame, run: str | None) -> Iterator[Selection]:
     """Give the rows of every label, then all of them."""
-    positions = rows.index.to_numpy()
-    runs = rows["run"].nunique()
+    positions, first = rows.index.to_numpy(), rows.iloc[0]
+    kind = first["method"], rows["run"].nunique()
+    vectors = first["per"], None if pd.isna(first["granularity"]) else first["granularity"]
     for label in [*dict.fromkeys(rows["matrix"]), ALL]:
         chosen = positions if label == ALL else positions[(rows["matrix"] == label).to_numpy()]
-        yield Selection(chosen, run, method, runs, str(label), per, granularity)
+        yield Selection(chosen, run, *kind, label, *vectors)

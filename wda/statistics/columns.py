@@ -1,4 +1,4 @@
-"""What stands in ``statistics.csv`` and ``comparisons.csv``. Every column is described here alone."""
+"""What stands in ``statistics.csv`` and ``comparisons.csv``, described here alone."""
 
 from __future__ import annotations
 

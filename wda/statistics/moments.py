@@ -1,9 +1,9 @@
 """Correlations and slopes from sums per layer, so that thousands of resamples are a few products.
 
-A resample takes layer c v_c times, so its sums are Σ_c v_c·(sum over the points of layer c). Where a
-mean that is taken off spans the layers, as that of a checkpoint does, it is another one in every
-resample: then the centred sum is Σ_c v_c·Q_c − Σ_g (Σ_c v_c·a_gc)(Σ_c v_c·b_gc)/(Σ_c v_c·n_gc) over the
-groups g. Groups with the same counts n share their denominator, and so one quadratic form v·K·v.
+A resample takes layer c v_c times, so its sums are Σ_c v_c·(sum over the points of layer c). Where
+a mean that is taken off spans the layers, as that of a checkpoint does, it is another one in every
+resample: then the centred sum is Σ_c v_c·Q_c − Σ_g (Σ_c v_c·a_gc)(Σ_c v_c·b_gc)/(Σ_c v_c·n_gc) over
+the groups g. Groups with the same counts n share their denominator, and so one form v·K·v.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Estimate:
         return float(self.formula(totals.sum(axis=2))[0]) * self.unit
 
     def totals(self, v: np.ndarray) -> np.ndarray:
-        """Sum over the layers, each taken v times: (resamples, layers) → (sums, resamples, runs)."""
-        totals = np.einsum("bc,mrc->mbr", v, self.sums, optimize=True)
+        """Sum over the layers, each v times: (resamples, layers) → (sums, resamples, runs)."""
+        totals: np.ndarray = np.einsum("bc,mrc->mbr", v, self.sums, optimize=True)
         for centring in self.centrings:
             inner = (v @ centring.products * v).sum(axis=-1)
             totals[:, :, centring.run] -= _ratio(inner, v @ centring.counts)
@@ -67,8 +67,8 @@ class Estimate:
 
     def totals_without_each(self, v: np.ndarray) -> np.ndarray:
         """Sum with one layer fewer, for each layer: (sums, resamples, runs, layers)."""
-        plain = np.einsum("bc,mrc->mbr", v, self.sums, optimize=True)
-        totals = plain[..., None] - self.sums[:, None]
+        every = np.einsum("bc,mrc->mbr", v, self.sums, optimize=True)
+        totals: np.ndarray = every[..., None] - self.sums[:, None]
         for centring in self.centrings:
             products = centring.products
             half = v @ products
@@ -81,9 +81,8 @@ class Estimate:
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Divide where there is something to divide by; empty groups add nothing."""
-    return np.divide(
-        above, below, out=np.zeros_like(above), where=np.broadcast_to(below, above.shape) > 0.5
-    )
+    ratio: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0.5)
+    return ratio
 
 
 def pooled(cloud: Cloud) -> tuple[Estimate, Estimate]:
@@ -117,15 +116,8 @@ def between_layers(cloud: Cloud) -> Estimate:
     """Correlation of the means of each matrix, less those of all matrices of its label."""
     units, first = np.unique(cloud.unit, return_index=True)
     x, y = (_means(values, cloud.unit) for values in cloud.standardised())
-    return _grouped(
-        x,
-        y,
-        cloud.label[first],
-        cloud.run[first],
-        cloud.layer[first],
-        cloud,
-        _least(cloud, len(units)),
-    )
+    places = cloud.label[first], cloud.run[first], cloud.layer[first]
+    return _grouped(x, y, *places, cloud, _least(cloud, len(units)))
 
 
 def within_steps(cloud: Cloud) -> Estimate:
@@ -209,15 +201,17 @@ def _grouped(
 
 def _means(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Mean of each group."""
-    return np.bincount(group, values) / np.bincount(group)
+    means: np.ndarray = np.bincount(group, values) / np.bincount(group)
+    return means
 
 
 def _less_means(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    return values - _means(values, group)[group]
+    rest: np.ndarray = values - _means(values, group)[group]
+    return rest
 
 
 def _least(cloud: Cloud, n: int | None = None) -> tuple[float, float]:
-    """Sums of squares of standardised x and y that are no more than rounding."""
+    """Give the sums of squares of standardised x and y that are no more than rounding."""
     spread = cloud.spread()
     return tuple(  # type: ignore[return-value]
         (n or len(cloud)) * (rounding(values) / (s or 1.0)) ** 2

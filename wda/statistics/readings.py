@@ -66,8 +66,8 @@ def _split(row: Row, cloud: Cloud) -> str:
         return ""
     sure = not _spans_zero(row, "within_layer_r") and not _spans_zero(row, "between_layer_r")
     return (
-        f"it mixes {_signed(within)}{_ends(row, 'within_layer_r')} within layers over the steps and "
-        f"{_signed(between)}{_ends(row, 'between_layer_r')} between layers, "
+        f"it mixes {_signed(within)}{_ends(row, 'within_layer_r')} within layers over the steps "
+        f"and {_signed(between)}{_ends(row, 'between_layer_r')} between layers, "
         + ("of opposite sign" if sure else "whose signs differ, though not for certain")
     )
 

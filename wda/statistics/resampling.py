@@ -89,11 +89,11 @@ def student_interval(centre: float, without: Sequence[np.ndarray]) -> Interval:
     layers = len(without[0])
     if layers < FEWEST_LAYERS:
         return NO_INTERVAL
-    variances = [_variance(values[None], np.ones((1, len(values))))[0] for values in without]
-    variance, freedom = variances[0], layers - 1.0
-    if len(variances) > 1:
-        variance, freedom = _add_up(*variances, runs=len(without[1]), layers=layers)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance))
+    variance, *others = (_variance(x[None], np.ones((1, len(x)))) for x in without)
+    freedom = np.array([layers - 1.0])
+    if others:
+        variance, freedom = _add_up(variance, others[0], others[1], len(without[1]), layers)
+    reach = float((stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance))[0])
     return Interval(centre - reach, centre + reach)
 
 
@@ -168,10 +168,12 @@ def _variance(without: np.ndarray, times: np.ndarray) -> np.ndarray:
     n = times.sum(axis=1, keepdims=True)
     without = np.where(times > 0, without, 0)
     mean = (times * without).sum(axis=1, keepdims=True) / n
-    return ((n - 1) / n * times * (without - mean) ** 2).sum(axis=1)
+    variance: np.ndarray = ((n - 1) / n * times * (without - mean) ** 2).sum(axis=1)
+    return variance
 
 
 def _fisher(r: np.ndarray) -> np.ndarray:
     """Fisher's z, of r no closer to ±1 than rounding lets it be told."""
     nearest = 1 - 1e-12
-    return np.arctanh(np.clip(r, -nearest, nearest))
+    z: np.ndarray = np.arctanh(np.clip(r, -nearest, nearest))
+    return z

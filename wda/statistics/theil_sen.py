@@ -26,13 +26,7 @@ def theil_sen(cloud: Cloud) -> tuple[float, Interval]:
     if not len(slopes):
         return np.nan, NO_INTERVAL
     ends = np.stack([first, second])[:, steep][:, order]
-    cell = cloud.run * cloud.layers + cloud.layer
-    groupings = (
-        [cloud.layer]
-        if cloud.runs == 1
-        else [cloud.layer, cloud.run, np.unique(cell, return_inverse=True)[1]]
-    )
-    without = [_without_each(slopes, grouping[ends]) for grouping in groupings]
+    without = [_without_each(slopes, *grouping[ends]) for grouping in _groupings(cloud)]
     value = _middle(slopes)
     return value, student_interval(value, without)
 
@@ -44,11 +38,18 @@ def _pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def _without_each(slopes: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def _groupings(cloud: Cloud) -> list[np.ndarray]:
+    """Give what is left out in turn: layers, and with several runs also runs and both."""
+    if cloud.runs == 1:
+        return [cloud.layer]
+    cells = np.unique(cloud.run * cloud.layers + cloud.layer, return_inverse=True)[1]
+    return [cloud.layer, cloud.run, cells]
+
+
+def _without_each(slopes: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Median of the sorted slopes without the pairs that touch each group in turn."""
-    return np.array(
-        [_middle(slopes[(groups != group).all(axis=0)]) for group in range(groups.max() + 1)]
-    )
+    groups = range(int(max(first.max(), second.max())) + 1)
+    return np.array([_middle(slopes[(first != g) & (second != g)]) for g in groups])
 
 
 def _middle(ordered: np.ndarray) -> float:

@@ -88,19 +88,18 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def make_cloud(rows: pd.DataFrame) -> Cloud:
-    """Take the rows that have both coordinates as points.
+    """Take rows as points.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Rows of a table, of one run or of several.
+        Rows of a table that have both coordinates, of one run or of several.
 
     Returns
     -------
     Cloud
         The points in the order of the rows.
     """
-    rows = rows[has_both(rows)]
     run, label, step = rows["run"], rows["matrix"], rows["step"].astype("string").fillna("")
     unit = rows["module"] + " " + rows["head"].astype("string").fillna("")
     return Cloud(

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from wda.statistics.clouds import Cloud, Selection, make_cloud, select
+from wda.draws import Draws
+from wda.errors import TableError
+from wda.statistics.clouds import Cloud, Selection, has_both, make_cloud, select
 from wda.statistics.columns import ALL, COLUMNS
 from wda.statistics.lines import fit_line
 from wda.statistics.mixed_model import mixed_slope
@@ -21,6 +23,7 @@ from wda.statistics.moments import (
     within_layers,
     within_steps,
 )
+from wda.statistics.nulls import null_band
 from wda.statistics.readings import read
 from wda.statistics.resampling import Interval, interval
 from wda.statistics.theil_sen import theil_sen
@@ -30,7 +33,9 @@ _WORDS = ("run", "method", "matrix", "per", "granularity", "null", "reading")
 _COUNTS = ("runs", "n", "n_below_floor", "clusters")
 
 
-def compute_statistics(table: pd.DataFrame, *, leave_out_floored: bool = False) -> pd.DataFrame:
+def compute_statistics(
+    table: pd.DataFrame, draws: Draws | None = None, *, leave_out_floored: bool = False
+) -> pd.DataFrame:
     """Fit every run's points, for each matrix label and for all of them together.
 
     The runs of a method that has several are fitted together as well. Vectors of another axis or
@@ -41,6 +46,8 @@ def compute_statistics(table: pd.DataFrame, *, leave_out_floored: bool = False) 
     ----------
     table : pandas.DataFrame
         A table with the columns of :data:`wda.table.COLUMNS`.
+    draws : Draws, optional
+        What random updates show, row by row as the table: what r and slope are set beside.
     leave_out_floored : bool
         Whether to leave out points under three times what rounding alone would give.
 
@@ -53,9 +60,14 @@ def compute_statistics(table: pd.DataFrame, *, leave_out_floored: bool = False) 
     Raises
     ------
     TableError
-        When columns are missing or there is no row.
+        When columns are missing, there is no row, or the draws are of another table.
     """
     table = check_table(table)
+    if draws is not None and len(draws.delta_d) != len(table):
+        raise TableError(
+            f"draws: of {len(draws.delta_d)} rows, but the table has {len(table)}; give those that "
+            "were drawn for this table"
+        )
     rows: list[dict[str, object]] = []
     before: Selection | None = None
     for selection in select(table):
@@ -63,24 +75,30 @@ def compute_statistics(table: pd.DataFrame, *, leave_out_floored: bool = False) 
         if before and np.array_equal(before.positions, selection.positions):
             rows.append(rows[-1] | {"matrix": ALL})
         else:
-            rows.append(_row(table, selection, leave_out_floored))
+            rows.append(_row(table, draws, selection, leave_out_floored))
         before = selection
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     words = dict.fromkeys(_WORDS, "string")
     return frame.astype(words | dict.fromkeys(_COUNTS, "int64"))
 
 
-def _row(table: pd.DataFrame, selection: Selection, leave_out_floored: bool) -> dict[str, object]:
+def _row(
+    table: pd.DataFrame, draws: Draws | None, selection: Selection, leave_out_floored: bool
+) -> dict[str, object]:
     """Fit one selection."""
-    chosen = table.iloc[selection.positions]
-    floored = chosen["below_floor"].fillna(False).to_numpy(bool)
+    positions = selection.positions
+    floored = table["below_floor"].fillna(False).to_numpy(bool)[positions]
     if leave_out_floored:
-        chosen = chosen[~floored]
-    cloud = make_cloud(chosen)
+        positions = positions[~floored]
+    positions = positions[has_both(table.iloc[positions])]
+    cloud = make_cloud(table.iloc[positions])
     row: dict[str, object] = asdict(selection)
     del row["positions"]
     row |= {"n": len(cloud), "n_below_floor": int(floored.sum()), "clusters": cloud.layers}
-    row |= estimates(cloud)
+    found = estimates(cloud)
+    row |= found
+    if draws is not None and found:
+        row |= null_band(draws.of(positions), found["pearson_r"], found["slope"])
     return row | {"reading": read(row, cloud, leave_out_floored)}
 
 

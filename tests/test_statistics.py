@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 from clouds import Population, table_of_clouds
 from scipy import stats
-from statsmodels.regression.linear_model import OLS
-from statsmodels.regression.mixed_linear_model import MixedLM
+from statsmodels.regression.linear_model import GLS, OLS
+from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
 
 from wda.draws import Draws
 from wda.errors import TableError
 from wda.statistics import COLUMNS, ESTIMATES, compute_statistics, fit_line
+from wda.statistics.clouds import make_cloud
+from wda.statistics.mixed_model import _variance_ratio
 from wda.table import make_table
 
 CLOUD = Population()
@@ -131,18 +133,25 @@ def test_within_steps_counts_layers_that_miss_a_step() -> None:
     assert row["within_step_r"] == pytest.approx(centred_r(table, ["step"]), rel=1e-10)
 
 
-def test_mixed_slope_is_statsmodels() -> None:
-    """To the six digits at which its search stops; in those of ours the likelihood is no lower."""
-    population = Population(of_layers=1.0, of_points=0.2)
-    for seed in range(3):
-        table = one_run(10, seed, population)
+def test_mixed_slope_is_statsmodels_or_likelier() -> None:
+    """MixedLM stops its search early: ours may differ by its tolerance, but is no less likely."""
+    for seed in range(4):
+        table = one_run(10, seed, Population(of_layers=1.0, of_points=0.3))
+        row = row_of(table)
         x, y = table["delta_d"].to_numpy(), table["delta_m"].to_numpy()
-        design = np.column_stack([np.ones_like(x), x])
+        model = MixedLM(
+            y, np.column_stack([np.ones_like(x), x]), groups=table["module"].to_numpy(str)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = MixedLM(y, design, groups=table["module"].to_numpy(str)).fit()
-        assert found.converged
-        assert row_of(table)["mixed_slope"] == pytest.approx(found.fe_params[1], rel=2e-4)
+            theirs = model.fit()
+        ratio = _variance_ratio(make_cloud(table))
+        params = MixedLMParams.from_components(np.zeros(2), cov_re=np.array([[ratio]]))
+        assert model.loglike(params) >= theirs.llf - 1e-6
+        same = table["module"].to_numpy()[:, None] == table["module"].to_numpy()
+        ours = GLS(y, model.exog, np.eye(len(x)) + ratio * same).fit()
+        assert row["mixed_slope"] == pytest.approx(ours.params[1], rel=1e-8)
+        assert row["mixed_slope"] == pytest.approx(theirs.fe_params[1], rel=0.05)
 
 
 def test_mixed_slope_takes_the_intercepts_of_layers_out() -> None:
@@ -163,7 +172,8 @@ def test_large_clouds_draw_pairs_for_theil_sen() -> None:
     x, y = table["delta_d"].to_numpy(), table["delta_m"].to_numpy()
     assert len(x) * (len(x) - 1) / 2 > 200_000
     row = row_of(table)
-    assert row["theil_sen_slope"] == pytest.approx(stats.theilslopes(y, x).slope, rel=0.02)
+    width = row["theil_sen_slope_high"] - row["theil_sen_slope_low"]
+    assert row["theil_sen_slope"] == pytest.approx(stats.theilslopes(y, x).slope, abs=width / 10)
 
 
 def test_runs_of_a_method_stand_together_as_well() -> None:
@@ -396,9 +406,9 @@ def test_readings_say_what_is_no_more_than_chance() -> None:
 
 def test_readings_tell_of_effects_of_opposite_sign() -> None:
     """Within layers both grow; between them the one that turns more grows less."""
-    table = one_run(10, 0, Population(between=-0.95, within=0.9, of_points=0.02))
+    table = one_run(10, 0, Population(between=-0.95, growth=0.1, of_layers=0.3, of_points=0.01))
     row = row_of(table)
-    assert row["within_layer_r"] > 0.9
+    assert row["within_layer_r"] > 0.5
     assert row["between_layer_r"] < -0.5
     ends = row["between_layer_r_low"], row["between_layer_r_high"]
     assert "between layers, of opposite sign" in row["reading"]

@@ -1,6 +1,7 @@
 """Table → fits: how ΔM goes with ΔD, how certain that is, and whether it is more than chance."""
 
 from wda.statistics.columns import ALL, COLUMNS, COMPARISON_COLUMNS, ESTIMATES
+from wda.statistics.comparing import compare_methods
 from wda.statistics.fitting import compute_statistics
 from wda.statistics.lines import Fit, fit_line
 
@@ -10,6 +11,7 @@ __all__ = [
     "COMPARISON_COLUMNS",
     "ESTIMATES",
     "Fit",
+    "compare_methods",
     "compute_statistics",
     "fit_line",
 ]

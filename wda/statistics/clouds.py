@@ -64,7 +64,8 @@ class Cloud:
     def why_no_line(self) -> str | None:
         """Say why nothing can be fitted; None where a line can."""
         if len(self) < 3:
-            return f"{len(self)} points with both ΔM and ΔD, fewer than the three a line needs"
+            points = "1 point" if len(self) == 1 else f"{len(self)} points"
+            return f"{points} with both ΔM and ΔD, fewer than the three a line needs"
         return "ΔD is the same at all points" if is_constant(self.x) else None
 
     def standardised(self) -> tuple[np.ndarray, np.ndarray]:

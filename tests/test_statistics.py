@@ -406,7 +406,7 @@ def test_readings_say_what_is_no_more_than_chance() -> None:
 
 def test_readings_tell_of_effects_of_opposite_sign() -> None:
     """Within layers both grow; between them the one that turns more grows less."""
-    table = one_run(10, 0, Population(between=-0.95, growth=0.1, of_layers=0.3, of_points=0.01))
+    table = one_run(10, 0, Population(between=-0.95, growth=0.1, of_layers=0.1, of_points=0.01))
     row = row_of(table)
     assert row["within_layer_r"] > 0.5
     assert row["between_layer_r"] < -0.5

@@ -102,13 +102,12 @@ def make_cloud(rows: pd.DataFrame) -> Cloud:
         The points in the order of the rows.
     """
     run, label, step = rows["run"], rows["matrix"], rows["step"].astype("string").fillna("")
-    unit = rows["module"] + " " + rows["head"].astype("string").fillna("")
     return Cloud(
         rows["delta_d"].to_numpy(float),
         rows["delta_m"].to_numpy(float),
         _codes(run),
         _codes(layer_names(rows)),
-        _codes(run, unit),
+        _codes(run, unit_names(rows)),
         _codes(run, label, step),
         _codes(run, label),
         rows["step"].to_numpy(float, na_value=np.nan),
@@ -129,6 +128,11 @@ def layer_names(rows: pd.DataFrame) -> pd.Series:
     """
     path = rows["module"].str.extract(r"^((?:.*?\.)?)\d+(?:\.|$)", expand=False).fillna("")
     return (path + rows["layer"].astype("string")).fillna(rows["module"])
+
+
+def unit_names(rows: pd.DataFrame) -> pd.Series:
+    """Name each row's matrix of the base, and its head where there is one."""
+    return rows["module"] + " " + rows["head"].astype("string").fillna("")
 
 
 def _codes(*keys: pd.Series) -> np.ndarray:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from wda.statistics.clouds import has_both, layer_names, make_cloud
+from wda.statistics.clouds import has_both, layer_names, make_cloud, unit_names
 from wda.statistics.columns import ALL, COMPARISON_COLUMNS
 from wda.statistics.moments import pooled
-from wda.statistics.resampling import FEWEST_LAYERS, difference
+from wda.statistics.resampling import FEWEST_LAYERS, Sampled, difference, sample
 from wda.table import check_table
 
 _COUNTS = ("n_a", "n_b", "clusters")
@@ -53,12 +53,13 @@ def compare_methods(table: pd.DataFrame, *, leave_out_floored: bool = False) -> 
     TableError
         When columns are missing or there is no row.
     """
-    table = check_table(table)
-    table = table.assign(layer_name=layer_names(table))
+    table = check_table(table).reset_index(drop=True)
+    table = table.assign(layer_name=layer_names(table), unit=unit_names(table))
     if leave_out_floored:
         table = table[~table["below_floor"].fillna(False).to_numpy(bool)]
     table = table[has_both(table)]
     rows: list[dict[str, object]] = []
+    known: _Known = {}
     for (per, granularity), alike in table.groupby(
         ["per", "granularity"], sort=False, dropna=False
     ):
@@ -71,7 +72,7 @@ def compare_methods(table: pd.DataFrame, *, leave_out_floored: bool = False) -> 
                 "per": per,
                 "granularity": granularity,
             }
-            rows += [kind | found for found in _compare(a.rows, b.rows)]
+            rows += [kind | found for found in _compare(a.rows, b.rows, known)]
     frame = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     numbers = dict.fromkeys(COMPARISON_COLUMNS, "float64") | dict.fromkeys(_COUNTS, "int64")
     return frame.astype(numbers | dict.fromkeys(_WORDS, "string"))
@@ -92,20 +93,15 @@ def _pairs(table: pd.DataFrame) -> Iterator[tuple[_Side, _Side]]:
             yield a, b
 
 
-def _compare(a: pd.DataFrame, b: pd.DataFrame) -> Iterator[dict[str, object]]:
+def _compare(a: pd.DataFrame, b: pd.DataFrame, known: _Known) -> Iterator[dict[str, object]]:
     """Compare two sides for every label that both have and for all of them, matched each way."""
-    units = set(_units(a)) & set(_units(b))
-    a, b = (rows[_units(rows).isin(units)] for rows in (a, b))
+    units = set(a["unit"].unique()) & set(b["unit"].unique())
+    a, b = (rows[rows["unit"].isin(units)] for rows in (a, b))
     labels = [label for label in dict.fromkeys(a["matrix"]) if (b["matrix"] == label).any()]
     for label in [*labels, ALL]:
         of_label = [rows if label == ALL else rows[rows["matrix"] == label] for rows in (a, b)]
         for name, match in _MATCHES.items():
-            yield {"matrix": label, "matched": name} | _differences(*match(*of_label))
-
-
-def _units(rows: pd.DataFrame) -> pd.Series:
-    """Name each row's matrix of the base, and its head where there is one."""
-    return rows["module"] + " " + rows["head"].astype("string").fillna("")
+            yield {"matrix": label, "matched": name} | _differences(*match(*of_label), known)
 
 
 class _Matched(NamedTuple):
@@ -121,7 +117,9 @@ def _at_all_points(a: pd.DataFrame, b: pd.DataFrame) -> _Matched:
 
 
 def _at_the_same_steps(a: pd.DataFrame, b: pd.DataFrame) -> _Matched:
-    runs = [set(rows["step"].dropna()) for side in (a, b) for _, rows in side.groupby("run")]
+    runs = [
+        set(rows["step"].dropna().unique()) for side in (a, b) for _, rows in side.groupby("run")
+    ]
     steps = set.intersection(*runs) if runs else set()
     known = any(runs)
     why = "no step in common" if known else "the steps are not known"
@@ -133,12 +131,12 @@ def _at_the_same_norms(a: pd.DataFrame, b: pd.DataFrame) -> _Matched:
     both = pd.concat([a, b])
     if both["update_norm"].isna().all():
         return _Matched(a[:0], b[:0], "‖ΔW‖ is not in the table")
-    of_run = both["update_norm"].groupby([_units(both), both["run"]])
+    of_run = both["update_norm"].groupby([both["unit"], both["run"]])
     low, high = of_run.min().groupby(level=0).max(), of_run.max().groupby(level=0).min()
 
     def within(rows: pd.DataFrame) -> pd.DataFrame:
-        unit = _units(rows)
-        return rows[rows["update_norm"].between(unit.map(low), unit.map(high))]
+        ends = (rows["unit"].map(end) for end in (low, high))
+        return rows[rows["update_norm"].between(*ends)]
 
     return _Matched(within(a), within(b), "no matrix has the same ‖ΔW‖ in both")
 
@@ -150,26 +148,26 @@ _MATCHES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], _Matched]] = {
 }
 
 
-def _differences(a: pd.DataFrame, b: pd.DataFrame, why_none: str) -> dict[str, object]:
+def _differences(
+    a: pd.DataFrame, b: pd.DataFrame, why_none: str, known: _Known
+) -> dict[str, object]:
     """Subtract r and slope of b from those of a, in the layers that both have."""
-    layers = set(a["layer_name"]) & set(b["layer_name"])
+    layers = set(a["layer_name"].unique()) & set(b["layer_name"].unique())
     a, b = (rows[rows["layer_name"].isin(layers)] for rows in (a, b))
     row: dict[str, object] = {"n_a": len(a), "n_b": len(b), "clusters": len(layers)}
     if not layers:
         return row | {"note": why_none}
-    clouds = make_cloud(a), make_cloud(b)
-    for side, cloud in zip("ab", clouds, strict=True):
-        if why := cloud.why_no_line():
-            return row | {"note": f"{side}: {why}"}
-    notes = (
-        []
-        if len(layers) >= FEWEST_LAYERS
-        else [
+    measured = [_measure(rows, known) for rows in (a, b)]
+    for side, found in zip("ab", measured, strict=True):
+        if found.why_none:
+            return row | {"note": f"{side}: {found.why_none}"}
+    notes = []
+    if len(layers) < FEWEST_LAYERS:
+        notes.append(
             f"{len(layers)} layers in common, fewer than the {FEWEST_LAYERS} that an interval takes"
-        ]
-    )
-    (r_a, slope_a), (r_b, slope_b) = map(pooled, clouds)
-    for name, one, other in (("r", r_a, r_b), ("slope", slope_a, slope_b)):
+        )
+    both = zip(*(found.estimates for found in measured), strict=True)
+    for name, (one, other) in zip(("r", "slope"), both, strict=True):
         value, ends = difference(one, other)
         row |= {
             f"{name}_difference": value,
@@ -179,3 +177,23 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame, why_none: str) -> dict[str, o
         if np.isnan(value):
             notes.append("ΔM of one is the same at all points")
     return row | {"note": "; ".join(notes)}
+
+
+class _Measured(NamedTuple):
+    """R and slope of some rows, or why there are none."""
+
+    estimates: tuple[Sampled, ...]
+    why_none: str | None
+
+
+# What was measured of rows, by their positions: a run takes part in several comparisons.
+_Known = dict[bytes, _Measured]
+
+
+def _measure(rows: pd.DataFrame, known: _Known) -> _Measured:
+    key = rows.index.to_numpy().tobytes()
+    if key not in known:
+        cloud = make_cloud(rows)
+        why = cloud.why_no_line()
+        known[key] = _Measured(() if why else tuple(map(sample, pooled(cloud))), why)
+    return known[key]

@@ -70,22 +70,33 @@ def interval(estimate: Estimate) -> Interval:
     return _on_its_scale(estimate, centre, error, *ends)
 
 
-def difference(a: Estimate, b: Estimate) -> tuple[float, Interval]:
+class Sampled(NamedTuple):
+    """An estimate, its interval, and what its jackknife gives."""
+
+    value: float
+    ends: Interval
+    jackknife: Jackknife
+
+
+def sample(estimate: Estimate) -> Sampled:
+    """Estimate once what may be subtracted from several others."""
+    return Sampled(estimate.value(), interval(estimate), jackknife_of_all(estimate))
+
+
+def difference(a: Sampled, b: Sampled) -> tuple[float, Interval]:
     """Give a − b, of two runs or methods that have the same layers, and its 95 % interval.
 
     The two intervals are put together as Zou (2007) does, which keeps their skewness; how the two
     estimates go together from layer to layer is taken from the jackknife.
     """
-    first, second = a.value(), b.value()
-    of_a, of_b = interval(a), interval(b)
-    together = _correlation_over_layers(jackknife_of_all(a), jackknife_of_all(b))
+    together = _correlation_over_layers(a.jackknife, b.jackknife)
 
     def reach(one: float, other: float) -> float:
         return float(np.sqrt(max(one**2 + other**2 - 2 * together * one * other, 0.0)))
 
-    value = first - second
-    down, up = first - of_a.low, of_a.high - first
-    other_down, other_up = second - of_b.low, of_b.high - second
+    value = a.value - b.value
+    down, up = a.value - a.ends.low, a.ends.high - a.value
+    other_down, other_up = b.value - b.ends.low, b.ends.high - b.value
     return value, Interval(value - reach(down, other_up), value + reach(up, other_down))
 
 

@@ -86,6 +86,7 @@ def public_objects() -> list[str]:
         "wda",
         *(f"wda.{m}" for m in ("adapters", "training", "figures", "engine", "updates", "naming")),
         *(f"wda.{m}" for m in ("decomposition", "statistics", "table", "comparison", "locations")),
+        *(f"wda.{m}" for m in ("spectra", "callbacks")),
     ]
     for module_name in modules:
         module = importlib.import_module(module_name)
@@ -151,7 +152,7 @@ def test_notebooks_run_on_small_data(notebook: Path, short_demo: Path, tmp_path:
     assert pictures
 
 
-@pytest.mark.parametrize("page", ["benchmarks.md", "clusters.md", "formats.md", "scaling.md"])
+@pytest.mark.parametrize("page", sorted(page.name for page in (ROOT / "docs").glob("*.md")))
 def test_the_pages_links_lead_somewhere(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 import scipy.linalg
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -101,4 +100,5 @@ def principal_angles(one: Float[Tensor, "out k"], other: Float[Tensor, "out k"])
     numpy.ndarray
         In degrees, 0 to 90, from the largest down.
     """
-    return np.degrees(scipy.linalg.subspace_angles(one.numpy(), other.numpy()))  # type: ignore[no-any-return]
+    angles: np.ndarray = scipy.linalg.subspace_angles(one.numpy(), other.numpy())
+    return np.degrees(angles)

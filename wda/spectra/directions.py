@@ -84,7 +84,8 @@ def random_cosines(out_features: int, known: int) -> np.ndarray:
     coordinates = random.standard_normal((_DRAWS, known))
     rest = random.chisquare(out_features - known, _DRAWS) if out_features > known else 0.0
     length = np.sqrt((coordinates**2).sum(axis=1) + rest)
-    return np.abs(coordinates).max(axis=1) / length
+    largest: np.ndarray = np.abs(coordinates).max(axis=1) / length
+    return largest
 
 
 def principal_angles(one: Float[Tensor, "out k"], other: Float[Tensor, "out k"]) -> np.ndarray:
@@ -100,5 +101,5 @@ def principal_angles(one: Float[Tensor, "out k"], other: Float[Tensor, "out k"])
     numpy.ndarray
         In degrees, 0 to 90, from the largest down.
     """
-    angles: np.ndarray = scipy.linalg.subspace_angles(one.numpy(), other.numpy())
-    return np.degrees(angles)
+    angles: np.ndarray = np.degrees(scipy.linalg.subspace_angles(one.numpy(), other.numpy()))
+    return angles

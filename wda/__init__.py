@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 from wda._version import __version__
 
 if TYPE_CHECKING:
-    from wda import adapters, figures, training
+    from wda import adapters, callbacks, figures, training
     from wda.comparison import Comparison, compare, reopen
     from wda.conversion import convert
     from wda.decomposition import Decomposition, decompose
     from wda.errors import WdaError
     from wda.manifest import Manifest, load_manifest
     from wda.merging import merge
-    from wda.statistics import compute_statistics
+    from wda.statistics import compare_methods, compute_statistics
     from wda.table import read_table
 
 __all__ = [
@@ -40,7 +40,9 @@ __all__ = [
     "WdaError",
     "__version__",
     "adapters",
+    "callbacks",
     "compare",
+    "compare_methods",
     "compute_statistics",
     "convert",
     "decompose",
@@ -58,6 +60,7 @@ _HOMES = {
     "Manifest": "wda.manifest",
     "WdaError": "wda.errors",
     "compare": "wda.comparison",
+    "compare_methods": "wda.statistics",
     "compute_statistics": "wda.statistics",
     "convert": "wda.conversion",
     "decompose": "wda.decomposition",

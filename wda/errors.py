@@ -52,6 +52,10 @@ class ClusterError(WdaError):
     """Workers elsewhere that cannot be reached or cannot do the work."""
 
 
+class ModelError(WdaError):
+    """A model in training that cannot be measured."""
+
+
 class MissingExtraError(WdaError):
     """A feature whose optional dependencies are not installed."""
 

@@ -63,7 +63,7 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
         folder that cannot be written to.
     """
 
-    def __init__(  # noqa: PLR0913 - all have a default
+    def __init__(
         self,
         steps: Iterable[int] | None = None,
         *,
@@ -83,7 +83,7 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
                 "steps=[100, 200], or every=100; steps count from 1; "
                 f"got steps={steps!r}, every={every!r}"
             )
-        self._every, self._per, self._log, self._run = every, per, log, run
+        self._every, self._per, self._log, self._run = every or 0, per, log, run
         words = matrices.split(",") if isinstance(matrices, str) else matrices
         self._wanted = [word.strip() for word in words]
         self._base_location, self._out = base, None if out is None else Path(out)
@@ -215,7 +215,7 @@ def _matrices(
     model: nn.Module, weights: dict[str, Weight], base: FullCheckpoint | None
 ) -> list[Matrix]:
     """List the matrices of a model, or those of them that the base has."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     shapes = {f"{name}.weight": tuple(weight.stored.shape) for name, weight in weights.items()}
     if base is not None:

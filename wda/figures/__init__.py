@@ -5,12 +5,15 @@ whole figure with a panel per run and matrix. :data:`KINDS` makes all figures of
 comparison wrote, as ``wda figures --kind`` does.
 """
 
+from wda.figures.distributions import vectors, vectors_grid
 from wda.figures.heatmaps import heatmap, heatmap_grid
 from wda.figures.kinds import KINDS
 from wda.figures.material import Material, read_material
+from wda.figures.nulls import null, null_grid
 from wda.figures.panels import X_LABEL, Y_LABEL, save
 from wda.figures.profiles import effective_rank_grid, profile, profile_grid
 from wda.figures.scatters import scatter, scatter_grid
+from wda.figures.spectra import spectrum, spectrum_grid
 from wda.figures.trajectories import trajectory, trajectory_grid
 
 __all__ = [
@@ -21,12 +24,18 @@ __all__ = [
     "effective_rank_grid",
     "heatmap",
     "heatmap_grid",
+    "null",
+    "null_grid",
     "profile",
     "profile_grid",
     "read_material",
     "save",
     "scatter",
     "scatter_grid",
+    "spectrum",
+    "spectrum_grid",
     "trajectory",
     "trajectory_grid",
+    "vectors",
+    "vectors_grid",
 ]

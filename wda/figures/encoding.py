@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -21,6 +22,9 @@ MOST_IN_LEGEND = 12
 
 # Letters that fit on a line of a legend.
 _KEY_LETTERS = 20
+
+# A name takes no more lines than this.
+_MOST_LINES = 4
 
 # Height of a line of a legend, in inches.
 _LEGEND_LINE = 0.17
@@ -85,8 +89,16 @@ def dot(
 
 
 def wrapped(name: str, letters: int = _KEY_LETTERS) -> str:
-    """Break a long name over lines."""
-    return textwrap.fill(name, letters)
+    """Break a long name over lines, best at a mark in it; a very long one loses its middle."""
+    if len(name) > _MOST_LINES * letters:
+        name = name[: 2 * letters - 1] + "…" + name[-letters:]
+    pieces = re.findall(rf"[^-_/. ]{{0,{letters - 1}}}[-_/. ]|[^-_/. ]{{1,{letters}}}", name)
+    lines = [""]
+    for piece in pieces:
+        if len(lines[-1]) + len(piece) > letters:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def layer_name(layer: int) -> str:
@@ -136,18 +148,18 @@ def is_floored(table: pd.DataFrame) -> np.ndarray:
 
 
 def draw_key(
-    figure: Figure, axes: np.ndarray, handles: list[Line2D], encoding: Encoding | None = None
+    figure: Figure, axes: np.ndarray, handles: Sequence[Artist], encoding: Encoding | None = None
 ) -> None:
     """Explain everything once for all panels, at their right; layers first."""
     if encoding is not None and encoding.needs_bar:
         _draw_layer_bar(figure, axes, encoding)
     elif encoding is not None:
-        handles = layer_handles(encoding) + handles
+        handles = [*layer_handles(encoding), *handles]
     if not handles:
         return
     height = sum(1 + str(handle.get_label()).count("\n") for handle in handles) * _LEGEND_LINE
     columns = -(-height // figure.get_figheight())
-    figure.legend(handles=handles, loc="outside right center", ncols=int(columns))
+    figure.legend(handles=list(handles), loc="outside right center", ncols=int(columns))
 
 
 def _draw_layer_bar(figure: Figure, axes: np.ndarray, encoding: Encoding) -> None:
@@ -160,6 +172,6 @@ def _draw_layer_bar(figure: Figure, axes: np.ndarray, encoding: Encoding) -> Non
     bar.minorticks_off()
 
 
-def legend_beside(ax: Axes, handles: list[Line2D]) -> None:
+def legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
     """Put the key at the right of one Axes."""
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    ax.legend(handles=list(handles), loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)

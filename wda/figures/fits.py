@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 from wda import style
 from wda.draws import Draws
 from wda.errors import TableError
+
+# More points than this on one Axes are drawn small, and the line above them.
+CROWD = 400
 
 # A 95 % interval of draws.
 _QUANTILES = (0.025, 0.975)
@@ -66,9 +70,8 @@ def words_of(fit: pd.Series) -> str:
     return "\n".join(lines)
 
 
-def write_fit(ax: Axes, fit: pd.Series) -> None:
-    """Write r and slope above the points, in room made for it."""
-    text = words_of(fit)
+def write_above(ax: Axes, text: str) -> None:
+    """Write above what is drawn, in room made for it."""
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + (0.04 + 0.12 * (1 + text.count("\n"))) * (high - low))
     ax.text(0.03, 0.98, text, va="top", transform=ax.transAxes, fontsize=6.5, linespacing=1.25)
@@ -79,7 +82,10 @@ def draw_line(ax: Axes, points: pd.DataFrame, fit: pd.Series, colour: Any, ls: A
     if np.isfinite(number(fit, "slope")):
         x = np.array([points["delta_d"].min(), points["delta_d"].max()])
         y = number(fit, "slope") * x + number(fit, "intercept")
-        ax.plot(x, y, color=colour, lw=1, ls=ls, zorder=1.5)
+        # On top of a crowd of points, told apart from it by its rim.
+        rim = [withStroke(linewidth=2, foreground="white")] if len(points) > CROWD else None
+        zorder = 3 if rim else 1.5
+        ax.plot(x, y, color=colour, lw=1, ls=ls, zorder=zorder, path_effects=rim)
 
 
 def draw_interval(ax: Axes, points: pd.DataFrame, fit: pd.Series, colour: Any) -> None:

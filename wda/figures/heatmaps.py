@@ -20,6 +20,7 @@ from wda.figures.panels import (
     checked,
     grid_of_runs,
     in_layers,
+    is_wide,
     last_steps,
     new_axes,
     only,
@@ -28,11 +29,12 @@ from wda.figures.panels import (
 
 Across = Literal["step", "matrix"]
 
-# A quantity that spans more than this is coloured by its logarithm.
-_WIDE = 30.0
+# Letters under a panel that fit beside each other.
+_MOST_LETTERS = 16
 
-# As many rows and columns get a tick each; of more, some do.
-_MOST_TICKS = 12
+# As many rows and columns get a tick each; of more, every second, fifth, … does.
+_STRIDES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_MOST_TICKS = 10
 
 
 def heatmap(
@@ -125,6 +127,7 @@ def heatmap_grid(
             lambda ax, cells, *_: _draw_cells(ax, rows.loc[cells.index], quantity, across),
             (across, "layer"),
             width=width,
+            bar=0.5,
         )
         figure.suptitle(name, fontsize=8)
         if is_floored(rows).any():
@@ -168,16 +171,14 @@ def _norm(values: np.ndarray) -> Normalize:
     known = values[np.isfinite(values)]
     if not known.size:
         return Normalize(0, 1)
-    least, most = known.min(), known.max()
-    if least > 0 and most > _WIDE * least:
-        return LogNorm(least, most)
-    return Normalize(least, most)
+    scale = LogNorm if is_wide(known) else Normalize
+    return scale(known.min(), known.max())
 
 
 def _mark_floored(ax: Axes, floored: np.ndarray, size: float) -> None:
     """Colour cells grey, with a cross for readers without colour."""
     y, x = np.nonzero(floored)
-    for corner in zip(x, y, strict=True):
+    for corner in zip(x.tolist(), y.tolist(), strict=True):
         ax.add_patch(Rectangle(corner, 1, 1, color=style.FLOORED_COLOUR, lw=0))
     if floored.any():
         ax.scatter(x + 0.5, y + 0.5, s=size**2, marker="x", color="0.45", linewidth=0.5)
@@ -185,8 +186,9 @@ def _mark_floored(ax: Axes, floored: np.ndarray, size: float) -> None:
 
 def _set_ticks(ax: Axes, columns: list[str], rows: list[str]) -> None:
     for axis, names in ((ax.xaxis, columns), (ax.yaxis, rows)):
-        shown = range(0, len(names), -(-len(names) // _MOST_TICKS))
+        stride = next(n for n in _STRIDES if len(names) <= n * _MOST_TICKS)
+        shown = range(0, len(names), stride)
         axis.set_ticks([i + 0.5 for i in shown], labels=[names[i] for i in shown])
-    letters = sum(len(columns[i]) for i in range(0, len(columns), -(-len(columns) // _MOST_TICKS)))
-    ax.tick_params(axis="x", rotation=90 if letters > 16 else 0, length=2)
+    letters = sum(len(label.get_text()) for label in ax.get_xticklabels())
+    ax.tick_params(axis="x", rotation=90 if letters > _MOST_LETTERS else 0, length=2)
     ax.tick_params(axis="y", rotation=0, length=2)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from matplotlib.figure import Figure
 
+from wda.errors import TableError
+from wda.figures.distributions import Change, vectors_grid
 from wda.figures.heatmaps import heatmap_grid
 from wda.figures.material import Material
-from wda.figures.profiles import profile_grid
+from wda.figures.nulls import null_grid
+from wda.figures.profiles import effective_rank_grid, profile_grid
 from wda.figures.scatters import scatter_grid
+from wda.figures.spectra import spectrum_grid
 from wda.figures.trajectories import trajectory_grid
 
 Figures = Iterator[tuple[str, Figure]]
+
+Part = TypeVar("Part")
 
 
 def _scatter(material: Material) -> Figures:
@@ -34,10 +41,52 @@ def _heatmap(material: Material) -> Figures:
         yield f"heatmap_matrices_{quantity}", across
 
 
+def _vectors(material: Material) -> Figures:
+    frame = _given(material.vectors, "vectors", "vectors.parquet, which --vectors writes")
+    changes: tuple[Change, ...] = ("magnitude_change", "direction_change")
+    for change in changes:
+        yield f"vectors_{change.split('_')[0]}", vectors_grid(frame, _methods(material), change)
+
+
+def _spectrum(material: Material) -> Figures:
+    written = "spectra.parquet and spectra.csv, which --spectra writes"
+    values = _given(material.values, "spectrum", written)
+    yield "spectrum", spectrum_grid(values, _methods(material))
+    yield "effective_rank", effective_rank_grid(_given(material.summary, "spectrum", written))
+
+
+def _null(material: Material) -> Figures:
+    draws = _given(material.draws, "null", "nulls.parquet, the random updates of wda compare")
+    yield "null", null_grid(material.table, material.statistics, draws)
+
+
+def _given(part: Part | None, kind: str, written: str) -> Part:
+    """Give what a kind is drawn from.
+
+    Raises
+    ------
+    TableError
+        When it was not given.
+    """
+    if part is None:
+        raise TableError(
+            f"{kind}: is drawn from {written}, and none lies beside the table; compare again, or "
+            "leave this kind out"
+        )
+    return part
+
+
+def _methods(material: Material) -> dict[str, str]:
+    return dict(zip(material.table["run"], material.table["method"], strict=True))
+
+
 # Kind → what makes its figures, each with the name of its file.
 KINDS: dict[str, Callable[[Material], Figures]] = {
     "scatter": _scatter,
     "profile": _profile,
     "trajectory": _trajectory,
     "heatmap": _heatmap,
+    "vectors": _vectors,
+    "spectrum": _spectrum,
+    "null": _null,
 }

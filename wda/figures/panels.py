@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wda import style
+from wda.draws import Draws
 from wda.errors import TableError, listing
 from wda.figures.encoding import wrapped
 from wda.statistics import ALL
@@ -39,6 +40,9 @@ _TITLE_LETTERS = 24
 
 # Of more panels in a row than fit the page, each gets this width in inches, and the figure grows.
 _NARROWEST = 1.25
+
+# What spans more than this factor is drawn on a logarithmic scale.
+_WIDE = 30.0
 
 DrawPanel = Callable[[Axes, pd.DataFrame, str, str], None]
 
@@ -84,6 +88,28 @@ def with_values(frame: pd.DataFrame, quantities: Sequence[str], figure: str) -> 
 def has_values(rows: pd.DataFrame, quantities: Sequence[str]) -> bool:
     """Tell whether any row has all of the quantities."""
     return bool(rows[list(quantities)].notna().all(axis=1).any())
+
+
+def numbered(table: pd.DataFrame, draws: Draws | None) -> pd.DataFrame:
+    """Give every row its number, so that a selection of them finds its draws.
+
+    Raises
+    ------
+    TableError
+        When the draws are those of another table.
+    """
+    if draws is not None and len(draws.delta_m) != len(table):
+        raise TableError(
+            f"draws: {len(draws.delta_m)} rows, and the table has {len(table)}; select the same "
+            "rows of both, with draws.of(mask)"
+        )
+    return table.assign(row_number=np.arange(len(table)))
+
+
+def is_wide(values: np.ndarray) -> bool:
+    """Tell whether values are positive and span so much that only their logarithm shows them."""
+    known = values[np.isfinite(values)]
+    return bool(known.size and known.min() > 0 and known.max() > _WIDE * known.min())
 
 
 def in_layers(table: pd.DataFrame, quantity: str, figure: str) -> pd.DataFrame:
@@ -149,8 +175,8 @@ def last_steps(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
             steps = listing(sorted(table["step"].dropna().unique()))
             raise TableError(f"step: no checkpoint {step} in the table; there are {steps}")
         return rows
-    steps = table["step"].fillna(-1)
-    return table[steps == steps.groupby(table["run"]).transform("max")]
+    known = table["step"].fillna(-1)
+    return table[known == known.groupby(table["run"]).transform("max")]
 
 
 def step_words(table: pd.DataFrame) -> str:
@@ -167,6 +193,7 @@ def grid_of_runs(
     *,
     width: float,
     key: float = 0.0,
+    bar: float = 0.0,
 ) -> tuple[Figure, np.ndarray]:
     """Make a panel per run and matrix label, runs beside each other, matrices below each other.
 
@@ -184,6 +211,8 @@ def grid_of_runs(
         Of the whole figure, in inches; three panels fill it.
     key : float
         Inches beside the panels that are left for the key.
+    bar : float
+        Inches beside each panel that its own colour bar takes.
 
     Returns
     -------
@@ -192,7 +221,7 @@ def grid_of_runs(
     """
     runs = list(dict.fromkeys(zip(table["run"], table["method"], strict=True)))
     matrices = list(dict.fromkeys(table["matrix"]))
-    panel = max((width - key) / max(3, len(runs)), _NARROWEST)
+    panel = max((width - key) / max(3, len(runs)), _NARROWEST + bar)
     figure, axes = plt.subplots(
         len(matrices),
         len(runs),
@@ -200,7 +229,7 @@ def grid_of_runs(
         squeeze=False,
         layout="constrained",
     )
-    letters = int(_TITLE_LETTERS * panel / 1.9)
+    letters = int(_TITLE_LETTERS * (panel - bar) / 1.9)
     for row, matrix in enumerate(matrices):
         for column, (run, method) in enumerate(runs):
             ax = axes[row, column]

@@ -21,6 +21,7 @@ from wda.figures.panels import (
     checked,
     has_values,
     in_layers,
+    is_wide,
     last_steps,
     new_axes,
     only,
@@ -188,7 +189,7 @@ def _series(table: pd.DataFrame) -> list[_Series]:
     for (method, _), of_method in runs.groupby(["method", "rank"], sort=False, dropna=False):
         seeds = of_method["seed"]
         if len(of_method) > 1 and seeds.notna().all() and seeds.is_unique:
-            name = f"{style.method_name(method)} ({len(seeds)} seeds)"
+            name = f"{style.method_name(str(method))} ({len(seeds)} seeds)"
             found.append((name, tuple(of_method["run"])))
         else:
             names = zip(of_method["run"], of_method["method"], strict=True)
@@ -233,13 +234,17 @@ def _draw_profile(ax: Axes, rows: pd.DataFrame, quantity: str, series: list[_Ser
             )  # fmt: skip
         if len(line.runs) > 1:
             ax.fill_between(x, layers["min"], layers["max"], color=colour, alpha=0.2, lw=0)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if is_wide(rows[quantity].to_numpy(float)):
+        ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    if rows["layer"].nunique() == 1:
+        ax.set_xlim(x[0] - 0.5, x[0] + 0.5)
     ax.margins(y=0.08)
 
 
 def _marker_size(layers: int) -> float:
     """Give a marker's size in points that leaves the line of many layers to be seen."""
-    return 4.0 if layers <= 24 else 2.2
+    return 4.0 if layers <= 24 else 2.0 if layers <= 48 else 0.0
 
 
 def _name_lines(ax: Axes, rows: pd.DataFrame, series: list[_Series]) -> None:
@@ -271,9 +276,9 @@ def _name_lines(ax: Axes, rows: pd.DataFrame, series: list[_Series]) -> None:
 
 def _last_height(ax: Axes, line: Line2D) -> float:
     """Give where a line ends, as a fraction of the Axes' height."""
-    y = np.asarray(line.get_ydata(), float)
-    low, high = ax.get_ylim()
-    return float((y[np.isfinite(y)][-1] - low) / (high - low))
+    x, y = np.asarray(line.get_xydata(), float).T
+    last = np.flatnonzero(np.isfinite(y))[-1]
+    return float(ax.transAxes.inverted().transform(ax.transData.transform((x[last], y[last])))[1])
 
 
 def _apart(wanted: list[float], heights: list[float], height: float) -> np.ndarray:
@@ -285,7 +290,8 @@ def _apart(wanted: list[float], heights: list[float], height: float) -> np.ndarr
         least = places[below] + (sizes[below] + sizes[above]) / 2
         places[above] = max(places[above], least)
     # What was pushed up is brought down by half, so that the names stay around their lines.
-    return places - max(0.0, (places - np.array(wanted)).max()) / 2
+    pushed = float(np.max(places - np.array(wanted), initial=0.0))
+    return np.asarray(places - pushed / 2)
 
 
 def _handles(series: list[_Series]) -> list[Line2D]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -12,7 +12,6 @@ from matplotlib.patches import Patch
 
 from wda import style
 from wda.draws import Draws
-from wda.errors import TableError
 from wda.figures.encoding import (
     Encoding,
     RunEncoding,
@@ -23,8 +22,17 @@ from wda.figures.encoding import (
     legend_beside,
     step_handles,
 )
-from wda.figures.fits import draw_floor, draw_interval, draw_line, draw_null, fit_of, write_fit
-from wda.figures.panels import X_LABEL, Y_LABEL, checked, grid_of_runs, label_of, new_axes
+from wda.figures.fits import (
+    CROWD,
+    draw_floor,
+    draw_interval,
+    draw_line,
+    draw_null,
+    fit_of,
+    words_of,
+    write_above,
+)
+from wda.figures.panels import X_LABEL, Y_LABEL, checked, grid_of_runs, label_of, new_axes, numbered
 
 _NEEDED = ("delta_d", "delta_m")
 
@@ -91,7 +99,7 @@ def scatter(
             if interval:
                 draw_interval(ax, points, fit, colour)
             if len(runs) == 1:
-                write_fit(ax, fit)
+                write_above(ax, words_of(fit))
         ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
         extras = _extra_handles(interval, draws, floor)
         legend_beside(ax, [*handles, *floored_handles(table), *extras])
@@ -140,7 +148,7 @@ def scatter_grid(
         draw_line(ax, points, fit, style.LINE_COLOUR)
         if interval:
             draw_interval(ax, points, fit, style.LINE_COLOUR)
-        write_fit(ax, fit)
+        write_above(ax, words_of(fit))
 
     with style.paper_style():
         extras = _extra_handles(interval, draws, floor)
@@ -151,22 +159,6 @@ def scatter_grid(
     return figure
 
 
-def numbered(table: pd.DataFrame, draws: Draws | None) -> pd.DataFrame:
-    """Give every row its number, so that a selection of them finds its draws.
-
-    Raises
-    ------
-    TableError
-        When the draws are those of another table.
-    """
-    if draws is not None and len(draws.delta_m) != len(table):
-        raise TableError(
-            f"draws: {len(draws.delta_m)} rows, and the table has {len(table)}; select the same "
-            "rows of both, with draws.of(mask)"
-        )
-    return table.assign(row_number=np.arange(len(table)))
-
-
 def _draw_extras(ax: Axes, points: pd.DataFrame, draws: Draws | None, floor: bool) -> None:
     if draws is not None:
         for run_rows in points.groupby("run", sort=False)["row_number"]:
@@ -175,8 +167,8 @@ def _draw_extras(ax: Axes, points: pd.DataFrame, draws: Draws | None, floor: boo
         draw_floor(ax, points)
 
 
-def _extra_handles(interval: bool, draws: Draws | None, floor: bool) -> list[Line2D | Patch]:
-    handles: list[Line2D | Patch] = []
+def _extra_handles(interval: bool, draws: Draws | None, floor: bool) -> list[Artist]:
+    handles: list[Artist] = []
     if interval:
         handles.append(Patch(facecolor=style.LINE_COLOUR, alpha=0.18, label="95 % of slope"))
     if draws is not None:
@@ -201,6 +193,8 @@ def _draw_points(
         else {"hue": "run", "palette": runs.colours, "style": "run", "markers": runs.markers}
     )
     sizes = encoding.sizes if runs is None else style.growing_sizes(encoding.steps)
+    if len(points) > CROWD:
+        sizes = {step: 0.25 * size for step, size in sizes.items()}
     for rows, is_grey in ((points[floored], True), (points[~floored], False)):
         if rows.empty:
             continue

@@ -114,11 +114,13 @@ def _draw_paths(
         layer = path["layer"].iloc[0]
         colour = encoding.colours[layer] if runs is None else runs.colours[run]
         points = path[list(_NEEDED)].to_numpy(float)
-        ax.plot(*points.T, color=colour, lw=0.9, ls="-" if runs is None else runs.lines[run])
-        size = 6.0 if len(encoding.steps) <= len(style.MARKERS) else 2.0
+        width = 0.5 if encoding.needs_bar else 0.9
+        ls = "-" if runs is None else runs.lines[run]
+        ax.plot(*points.T, color=colour, lw=width, ls=ls)
+        size = 6.0 if len(encoding.steps) <= len(style.MARKERS) else 2 * width
         colours = [style.FLOORED_COLOUR if grey else colour for grey in path["floored"]]
-        ax.scatter(*points.T, c=colours, s=size, linewidth=0, zorder=2.5)
-        _draw_arrow(ax, points, spread, colour)
+        ax.scatter(points[:, 0], points[:, 1], c=colours, s=size, linewidth=0, zorder=2.5)
+        _draw_arrow(ax, points, spread, colour, width)
         if numbered and layer >= 0:
             ax.annotate(
                 str(layer), points[-1], (3, 2), textcoords="offset points", fontsize=6, color=colour
@@ -126,7 +128,9 @@ def _draw_paths(
     ax.margins(0.08)
 
 
-def _draw_arrow(ax: Axes, points: np.ndarray, spread: np.ndarray, colour: Any) -> None:
+def _draw_arrow(
+    ax: Axes, points: np.ndarray, spread: np.ndarray, colour: Any, width: float
+) -> None:
     """Put an arrow's head on the middle of the longest part of a path."""
     parts = np.diff(points, axis=0)
     lengths = np.hypot(*(parts / np.where(spread > 0, spread, 1)).T)
@@ -139,7 +143,7 @@ def _draw_arrow(ax: Axes, points: np.ndarray, spread: np.ndarray, colour: Any) -
         middle + 0.05 * parts[longest],
         middle,
         arrowprops={
-            "arrowstyle": "-|>", "color": colour, "lw": 0.9, "mutation_scale": 7,
+            "arrowstyle": "-|>", "color": colour, "lw": width, "mutation_scale": 9 * width,
             "shrinkA": 0, "shrinkB": 0,
         },
     )  # fmt: skip

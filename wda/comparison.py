@@ -76,13 +76,17 @@ class Comparison:
         """Write the files into an existing folder, one after another."""
         from wda import figures  # noqa: PLC0415 - drawing is slow to import
 
+        self.write_tables(folder)
+        figures.draw(figures.Material(self.table, self.statistics), ["scatter"], folder)
+
+    def write_tables(self, folder: Path) -> None:
+        """Write what is not a figure into an existing folder."""
         write_table(self.table, folder)
         if self.draws is not None:
             write_draws(self.draws, self.table, folder)
         if self.vectors is not None:
             self.vectors.to_parquet(folder / VECTORS_FILE, index=False)
         self.statistics.to_csv(folder / "statistics.csv", index=False)
-        figures.save(figures.scatter_grid(self.table, self.statistics), folder, "scatter")
         text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
         (folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
 

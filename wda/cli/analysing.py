@@ -289,19 +289,43 @@ def figures(
         typer.Argument(metavar="TABLE", help="table.parquet or table.csv of wda compare --out."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KINDS",
+            help="Comma-separated: scatter (default), profile, trajectory, heatmap, vectors, "
+            "spectrum, null.",
+        ),
+    ] = "scatter",
 ) -> None:
     """Fit and draw again from a saved table.
 
-    **Example**
+    The last three kinds are drawn from what lies beside the table: vectors.parquet,
+    spectra.parquet with spectra.csv, and nulls.parquet.
+
+    **Examples**
 
         wda figures figures/demo/table.parquet --out figures/again
+
+        wda figures figures/demo/table.parquet --kind profile,heatmap --out figures/layers
     """
     from wda.comparison import reopen
     from wda.console import show_statistics
+    from wda.figures import KINDS, draw, read_material
     from wda.files import staged_folder
+    from wda.table import table_file
 
+    kinds = list(dict.fromkeys(name.strip() for name in kind.split(",")))
+    if unknown := [name for name in kinds if name not in KINDS]:
+        raise typer.BadParameter(
+            f"there is no kind {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}",
+            param_hint="--kind",
+        )
     with staged_folder(out) as folder:
         comparison = reopen(table)
-        comparison.write(folder)
+        material = read_material(comparison.table, comparison.statistics, table_file(table).parent)
+        comparison.write_tables(folder)
+        drawn = draw(material, kinds, folder)
     show_statistics(comparison.statistics, as_json=False)
-    say(f"written to {out}: {WRITTEN}")
+    pictures = [f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")]
+    say(f"written to {out}: {', '.join(['tables', *pictures, 'provenance.json'])}")

@@ -7,7 +7,7 @@ comparison wrote, as ``wda figures --kind`` does.
 
 from wda.figures.distributions import vectors, vectors_grid
 from wda.figures.heatmaps import heatmap, heatmap_grid
-from wda.figures.kinds import KINDS
+from wda.figures.kinds import KINDS, draw
 from wda.figures.material import Material, read_material
 from wda.figures.nulls import null, null_grid
 from wda.figures.panels import X_LABEL, Y_LABEL, save
@@ -21,6 +21,7 @@ __all__ = [
     "X_LABEL",
     "Y_LABEL",
     "Material",
+    "draw",
     "effective_rank_grid",
     "heatmap",
     "heatmap_grid",

@@ -16,6 +16,9 @@ from wda.errors import TableError
 # More points than this on one Axes are drawn small, and the line above them.
 CROWD = 400
 
+# Width of a letter, in the size of its font.
+_LETTER = 0.57
+
 # A 95 % interval of draws.
 _QUANTILES = (0.025, 0.975)
 
@@ -66,15 +69,21 @@ def words_of(fit: pd.Series) -> str:
         f"slope = {signed(slope, '.3g')}",
     ]
     if random := interval(fit, "null_r_low", "null_r_high", ".2f"):
-        lines.append(f"random: r ={random}")
+        lines.append(f"random:{random}")
     return "\n".join(lines)
 
 
 def write_above(ax: Axes, text: str) -> None:
-    """Write above what is drawn, in room made for it."""
+    """Write above what is drawn, in room made for it; smaller where the panel is narrow."""
+    lines = text.splitlines()
+    width = ax.get_window_extent().width * 72 / ax.figure.dpi
+    size = min(6.5, max(5.0, width / (_LETTER * max(map(len, lines)))))
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high + (0.04 + 0.12 * (1 + text.count("\n"))) * (high - low))
-    ax.text(0.03, 0.98, text, va="top", transform=ax.transAxes, fontsize=6.5, linespacing=1.25)
+    ax.set_ylim(low, high + (0.04 + 0.12 * len(lines)) * (high - low))
+    written = ax.text(
+        0.03, 0.98, text, va="top", transform=ax.transAxes, fontsize=size, linespacing=1.25
+    )
+    written.set_in_layout(False)  # a word too long may not squeeze the panel
 
 
 def draw_line(ax: Axes, points: pd.DataFrame, fit: pd.Series, colour: Any, ls: Any = "-") -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from wda.figures.distributions import Change, vectors_grid
 from wda.figures.heatmaps import heatmap_grid
 from wda.figures.material import Material
 from wda.figures.nulls import null_grid
+from wda.figures.panels import save
 from wda.figures.profiles import effective_rank_grid, profile_grid
 from wda.figures.scatters import scatter_grid
 from wda.figures.spectra import spectrum_grid
@@ -90,3 +92,33 @@ KINDS: dict[str, Callable[[Material], Figures]] = {
     "spectrum": _spectrum,
     "null": _null,
 }
+
+
+def draw(material: Material, kinds: Iterable[str], folder: Path) -> list[str]:
+    """Draw all figures of some kinds into a folder, as PNG and PDF.
+
+    Parameters
+    ----------
+    material : Material
+        What they are drawn from.
+    kinds : iterable of str
+        Names in :data:`KINDS`.
+    folder : Path
+        Must exist.
+
+    Returns
+    -------
+    list of str
+        Names of the figures, without their endings.
+
+    Raises
+    ------
+    TableError
+        When what a kind is drawn from is not there.
+    """
+    written = []
+    for kind in kinds:
+        for name, figure in KINDS[kind](material):
+            save(figure, folder, name)
+            written.append(name)
+    return written

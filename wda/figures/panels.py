@@ -39,7 +39,7 @@ QUANTITIES = {
 _TITLE_LETTERS = 24
 
 # Of more panels in a row than fit the page, each gets this width in inches, and the figure grows.
-_NARROWEST = 1.25
+_NARROWEST = 1.4
 
 # What spans more than this factor is drawn on a logarithmic scale.
 _WIDE = 30.0

@@ -1,0 +1,132 @@
+"""Statistics as a reader takes them in: one cell per estimate, with its interval beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pandas as pd
+
+from wda import style
+
+NOTHING = "–"
+
+
+def headline(statistics: pd.DataFrame) -> pd.DataFrame:
+    """Give the columns of the statistics that a reader asks for first, as text.
+
+    A column that the statistics lack, or that is empty throughout, is left out.
+
+    Parameters
+    ----------
+    statistics : pandas.DataFrame
+        Columns as in :data:`wda.statistics.COLUMNS`; those of intervals, parts and null models may
+        be missing.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per row of the statistics. An estimate stands with its 95 % interval,
+        ``+0.83 [+0.64, +0.92]``; what is not known is a dash.
+    """
+    rows = [_row(row) for row in statistics.to_dict(orient="records")]
+    shown = pd.DataFrame(rows, index=statistics.index, columns=list(_row({})))
+    return shown.loc[:, [name for name in shown if (shown[name] != NOTHING).any()]]
+
+
+def differences(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """Give the differences between runs as text, laid out as :func:`headline`."""
+    rows = [
+        {
+            "first": _name(row, "_a"),
+            "second": _name(row, "_b"),
+            "matrix": _text(row.get("matrix")),
+            "matched": _text(row.get("matched")),
+            "n": f"{_text(row.get('n_a'))}, {_text(row.get('n_b'))}",
+            "difference of r": estimate(row, "r_difference"),
+            "difference of slope": estimate(row, "slope_difference", significant),
+            "note": _text(row.get("note")),
+        }
+        for row in comparisons.to_dict(orient="records")
+    ]
+    shown = pd.DataFrame(rows)
+    return shown.loc[:, [name for name in shown if (shown[name] != NOTHING).any()]]
+
+
+def _row(row: dict[str, object]) -> dict[str, str]:
+    return {
+        "run": _name(row),
+        "method": style.METHOD_NAMES.get(str(row.get("method")), _text(row.get("method"))),
+        "matrix": _text(row.get("matrix")),
+        "vectors": vectors(row),
+        "n": _text(row.get("n")),
+        "clusters": _text(row.get("clusters")),
+        "r": estimate(row, "pearson_r"),
+        "r within layers": estimate(row, "within_layer_r"),
+        "r between layers": estimate(row, "between_layer_r"),
+        "slope": estimate(row, "slope", significant),
+        "r of random updates": _null(row),
+        "reading": _text(row.get("reading")),
+    }
+
+
+def vectors(row: dict[str, object]) -> str:
+    """Say what the vectors are: which axis, and whether of a head or of a whole matrix."""
+    per = _text(row.get("per"))
+    granularity = row.get("granularity")
+    return per if _missing(granularity) or granularity == "vector" else f"{per}, by {granularity}"
+
+
+def correlation(value: object) -> str:
+    """Give a correlation with its sign and two decimals."""
+    return _minus(f"{float(value):+.2f}")  # type: ignore[arg-type]
+
+
+def significant(value: object) -> str:
+    """Give a number with its sign and three digits."""
+    return _minus(f"{float(value):+.3g}")  # type: ignore[arg-type]
+
+
+def estimate(
+    row: dict[str, object], name: str, write: Callable[[object], str] = correlation
+) -> str:
+    """Give an estimate with its interval, or a dash where it is not determined."""
+    value, low, high = (row.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    if _missing(value):
+        return NOTHING
+    return write(value) if _missing(low) else f"{write(value)} [{write(low)}, {write(high)}]"
+
+
+def _null(row: dict[str, object]) -> str:
+    low, high, p = (row.get(f"null_{key}") for key in ("r_low", "r_high", "p"))
+    if _missing(low):
+        return NOTHING
+    band = f"{correlation(low)} to {correlation(high)} ({_text(row.get('null'))})"
+    if _missing(p):
+        return band
+    return f"{band}, p " + ("< 0.001" if float(p) < 1e-3 else f"= {float(p):.2g}")  # type: ignore[arg-type]
+
+
+def _name(row: dict[str, object], which: str = "") -> str:
+    """Name a run, or all the runs of a method."""
+    run, method = row.get(f"run{which}"), row.get(f"method{which}")
+    if not _missing(run):
+        return str(run)
+    if _missing(method):
+        return NOTHING
+    runs = row.get("runs")
+    name = style.METHOD_NAMES.get(str(method), str(method))
+    return f"{name}, all runs" if _missing(runs) else f"{name}, {runs} runs together"
+
+
+def _text(value: object) -> str:
+    return NOTHING if _missing(value) or value == "" else str(value)
+
+
+def _missing(value: object) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def _minus(number: str) -> str:
+    """Write minus signs as such; a hyphen is narrower than the plus above it."""
+    return number.replace("-", "−")

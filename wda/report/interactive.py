@@ -57,14 +57,14 @@ def points(table: pd.DataFrame, draws: Draws | None = None) -> pd.DataFrame:
         Rows with both ΔM and ΔD, at most :data:`MOST_POINTS` of them, taken at random.
     """
     said = table.assign(
-        vectors=[vectors(row) for row in table.to_dict(orient="records")],
+        vectors=[vectors(row) for row in table[["per", "granularity"]].to_dict(orient="records")],
         where=_places(table),
         when=_steps(table["step"]),
         floored=_flags(table),
     )
     if draws is not None:
         said = said.assign(random_m=draws.delta_m.mean(1), random_d=draws.delta_d.mean(1))
-    known = said[np.isfinite(said["delta_m"]) & np.isfinite(said["delta_d"])]
+    known: pd.DataFrame = said[np.isfinite(said["delta_m"]) & np.isfinite(said["delta_d"])]
     if len(known) > MOST_POINTS:
         known = known.sample(MOST_POINTS, random_state=0).sort_index()
     return known
@@ -89,11 +89,11 @@ def traces(shown: pd.DataFrame, statistics: pd.DataFrame) -> list[dict[str, Any]
     runs = list(dict.fromkeys(shown["run"]))
     looks = {run: _COLOURS[i % len(_COLOURS)] for i, run in enumerate(runs)}
     symbols, sizes = _markers(shown)
-    made = []
+    made: list[dict[str, Any]] = []
     for (run, matrix, kind), rows in shown.groupby(["run", "matrix", "vectors"], sort=False):
-        of = {"run": run, "matrix": matrix, "vectors": kind}
+        of: dict[str, Any] = {"run": run, "matrix": matrix, "vectors": kind}
         for floored, some in rows.groupby("floored"):
-            marker = {
+            marker: dict[str, Any] = {
                 "color": _FLOORED if floored else looks[run],
                 "symbol": some["when"].map(symbols).to_list(),
                 "size": some["when"].map(sizes).to_list(),
@@ -169,7 +169,7 @@ _LAYOUT: dict[str, Any] = {
 
 
 def _cloud(
-    rows: pd.DataFrame, which: str, meta: dict[str, str], marker: dict[str, Any], remark: str
+    rows: pd.DataFrame, which: str, meta: dict[str, Any], marker: dict[str, Any], remark: str
 ) -> dict[str, Any]:
     """Draw the points of one run, matrix and kind of vectors: the measured or the random ones."""
     return {
@@ -181,7 +181,7 @@ def _cloud(
         "meta": meta,
         "x": rows[f"{which}_d"].to_numpy(),
         "y": rows[f"{which}_m"].to_numpy(),
-        "marker": marker,
+        "marker": {"opacity": 0.9, **marker},
         "customdata": rows[["where", "when"]].to_numpy().tolist(),
         "hovertemplate": f"{_HOVER}{remark}<extra></extra>",
     }
@@ -193,7 +193,7 @@ def _lines(
     """Draw each run's rows of the statistics as far as its points reach."""
     for row in statistics.to_dict(orient="records"):
         run, matrix, kind = row["run"], row["matrix"], vectors(row)
-        if run not in looks or not np.isfinite(row["slope"]):
+        if run not in looks or pd.isna(row["slope"]):
             continue
         own = shown[(shown["run"] == run) & (shown["vectors"] == kind)]
         own = own if matrix == ALL else own[own["matrix"] == matrix]

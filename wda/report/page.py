@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from wda.files import write_text
 from wda.report import interactive, words
 from wda.report.contents import ReportContents
 from wda.report.pictures import within
+from wda.table import check_table
 
 # Letters that all static figures together may take: with plotly's script the page keeps under 8 MB.
 _MOST_OF_FIGURES = 1_600_000
+
+# Pixels of the page to an inch of a figure, whose letters are small for a screen.
+_SCREEN = 125
 
 # Entries of a list that the provenance on the page shows.
 _MOST_LISTED = 20
@@ -69,11 +74,14 @@ def write_report(contents: ReportContents, path: str | Path) -> None:
     ------
     MissingExtraError
         When jinja2 or plotly is missing.
+    TableError
+        When the table lacks columns or has no rows.
     OutputError
         When the file cannot be written.
     """
     check_installed()
-    write_text(Path(path), _render(contents))
+    table = check_table(contents.table)
+    write_text(Path(path), _render(replace(contents, table=table)))
 
 
 def _render(contents: ReportContents) -> str:
@@ -125,6 +133,7 @@ def _runs(contents: ReportContents) -> pd.DataFrame:
             "steps": _listed(rows["step"]),
             "layers": str(rows["layer"].nunique() or words.NOTHING),
             "matrices": _listed(rows["matrix"]),
+            "vectors per": _listed(rows["per"]),
             "stored as": _listed(rows["dtype"]),
             "lies at": places.get(str(run), words.NOTHING),
         }
@@ -173,10 +182,15 @@ def _choices(drawn: list[dict[str, Any]], what: str) -> list[str]:
     return list(dict.fromkeys(t["meta"][what] for t in drawn if t["meta"]["kind"] == "points"))
 
 
-def _pictures(contents: ReportContents) -> list[dict[str, str]]:
+def _pictures(contents: ReportContents) -> list[dict[str, Any]]:
     share = _MOST_OF_FIGURES // max(1, len(contents.figures))
     return [
-        {"name": name, "caption": _caption(name), "source": within(figure, share)}
+        {
+            "name": name,
+            "caption": _caption(name),
+            "source": within(figure, share),
+            "width": round(_SCREEN * figure.get_figwidth()),
+        }
         for name, figure in contents.figures.items()
     ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import pandas as pd
 
@@ -11,11 +12,15 @@ from wda import style
 
 NOTHING = "–"
 
+# A row of statistics or comparisons by column.
+Row = dict[Hashable, Any]
+
 
 def headline(statistics: pd.DataFrame) -> pd.DataFrame:
     """Give the columns of the statistics that a reader asks for first, as text.
 
-    A column that the statistics lack, or that is empty throughout, is left out.
+    A column that the statistics lack, or that is empty throughout, is left out; so is what would
+    say the same in every row: the method of runs that are called after it, and the one axis.
 
     Parameters
     ----------
@@ -31,7 +36,12 @@ def headline(statistics: pd.DataFrame) -> pd.DataFrame:
     """
     rows = [_row(row) for row in statistics.to_dict(orient="records")]
     shown = pd.DataFrame(rows, index=statistics.index, columns=list(_row({})))
-    return shown.loc[:, [name for name in shown if (shown[name] != NOTHING).any()]]
+    named = shown[statistics["run"].notna()]
+    if (named["run"].str.lower() == named["method"].str.lower()).all():
+        shown = shown.drop(columns="method")
+    if shown["vectors"].nunique() == 1:
+        shown = shown.drop(columns="vectors")
+    return _told(shown)
 
 
 def differences(comparisons: pd.DataFrame) -> pd.DataFrame:
@@ -49,11 +59,15 @@ def differences(comparisons: pd.DataFrame) -> pd.DataFrame:
         }
         for row in comparisons.to_dict(orient="records")
     ]
-    shown = pd.DataFrame(rows)
+    return _told(pd.DataFrame(rows))
+
+
+def _told(shown: pd.DataFrame) -> pd.DataFrame:
+    """Leave out columns that tell nothing."""
     return shown.loc[:, [name for name in shown if (shown[name] != NOTHING).any()]]
 
 
-def _row(row: dict[str, object]) -> dict[str, str]:
+def _row(row: Row) -> dict[str, str]:
     return {
         "run": _name(row),
         "method": style.METHOD_NAMES.get(str(row.get("method")), _text(row.get("method"))),
@@ -65,49 +79,50 @@ def _row(row: dict[str, object]) -> dict[str, str]:
         "r within layers": estimate(row, "within_layer_r"),
         "r between layers": estimate(row, "between_layer_r"),
         "slope": estimate(row, "slope", significant),
-        "r of random updates": _null(row),
+        "random updates": _text(row.get("null")),
+        "their r": _band(row),
+        "p": _p_value(row.get("null_p")),
         "reading": _text(row.get("reading")),
     }
 
 
-def vectors(row: dict[str, object]) -> str:
+def vectors(row: Row) -> str:
     """Say what the vectors are: which axis, and whether of a head or of a whole matrix."""
     per = _text(row.get("per"))
     granularity = row.get("granularity")
     return per if _missing(granularity) or granularity == "vector" else f"{per}, by {granularity}"
 
 
-def correlation(value: object) -> str:
+def correlation(value: float) -> str:
     """Give a correlation with its sign and two decimals."""
-    return _minus(f"{float(value):+.2f}")  # type: ignore[arg-type]
+    return _minus(f"{value:+.2f}")
 
 
-def significant(value: object) -> str:
+def significant(value: float) -> str:
     """Give a number with its sign and three digits."""
-    return _minus(f"{float(value):+.3g}")  # type: ignore[arg-type]
+    return _minus(f"{value:+#.3g}".rstrip("."))
 
 
-def estimate(
-    row: dict[str, object], name: str, write: Callable[[object], str] = correlation
-) -> str:
+def estimate(row: Row, name: str, write: Callable[[float], str] = correlation) -> str:
     """Give an estimate with its interval, or a dash where it is not determined."""
-    value, low, high = (row.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    value, low, high = (row.get(key, math.nan) for key in (name, f"{name}_low", f"{name}_high"))
     if _missing(value):
         return NOTHING
     return write(value) if _missing(low) else f"{write(value)} [{write(low)}, {write(high)}]"
 
 
-def _null(row: dict[str, object]) -> str:
-    low, high, p = (row.get(f"null_{key}") for key in ("r_low", "r_high", "p"))
-    if _missing(low):
-        return NOTHING
-    band = f"{correlation(low)} to {correlation(high)} ({_text(row.get('null'))})"
+def _band(row: Row) -> str:
+    low, high = (row.get(f"null_r_{end}", math.nan) for end in ("low", "high"))
+    return NOTHING if _missing(low) else f"{correlation(low)} to {correlation(high)}"
+
+
+def _p_value(p: Any) -> str:
     if _missing(p):
-        return band
-    return f"{band}, p " + ("< 0.001" if float(p) < 1e-3 else f"= {float(p):.2g}")  # type: ignore[arg-type]
+        return NOTHING
+    return "< 0.001" if p < 1e-3 else f"{p:.2g}"
 
 
-def _name(row: dict[str, object], which: str = "") -> str:
+def _name(row: Row, which: str = "") -> str:
     """Name a run, or all the runs of a method."""
     run, method = row.get(f"run{which}"), row.get(f"method{which}")
     if not _missing(run):
@@ -120,7 +135,10 @@ def _name(row: dict[str, object], which: str = "") -> str:
 
 
 def _text(value: object) -> str:
-    return NOTHING if _missing(value) or value == "" else str(value)
+    """Give words or a count as they are; one that stands in a column with gaps is a float."""
+    if _missing(value) or value == "":
+        return NOTHING
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _missing(value: object) -> bool:

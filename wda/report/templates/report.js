@@ -58,9 +58,8 @@
   // A finger that wants to scroll the page must not draw a zoom box.
   figure.layout.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
   Plotly.newPlot(plot, figure.data, figure.layout, {
-    displaylogo: false,
+    displayModeBar: false, // it would lie on the legend
     responsive: true,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   }).then(() => Plotly.relayout(plot, colours()));
 
   for (const control of Object.values(controls))

@@ -28,6 +28,7 @@ from wda.opening import Opened, open_all
 from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
+from wda.report import notebook_html
 from wda.runs import Member
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.statistics import compute_statistics
@@ -89,6 +90,10 @@ class Comparison:
         self.statistics.to_csv(folder / "statistics.csv", index=False)
         text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
         (folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """Show the fits and the scatter figure in a notebook."""
+        return notebook_html(self.table, self.statistics, self.notes)
 
 
 def compare(  # noqa: PLR0913 - all but the first have a default

@@ -111,6 +111,14 @@ def compare(
             help="The quantised model, for --w0 original; by default what the adapters name.",
         ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Write report.html too: one page with table, figures, and what the doctor finds "
+            "in each run's newest checkpoint. Needs --out.",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the statistics as JSON on standard output.")
     ] = False,
@@ -137,6 +145,10 @@ def compare(
     Three runs, query matrices alone; the adapters name their base themselves:
 
         wda compare runs/ft runs/lora runs/dora --matrices query --out figures/three
+
+    The same as a page to pass on, which opens without a network:
+
+        wda compare runs/ft runs/lora runs/dora --out figures/three --report
 
     Every attention matrix of layers 0 to 9, one vector per input feature, for another program:
 
@@ -177,11 +189,17 @@ def compare(
         raise typer.BadParameter(f"'original' or 'dequantized', not {w0!r}", param_hint="--w0")
     if cache is not None and no_cache:
         raise typer.BadParameter("give one of --cache and --no-cache", param_hint="--no-cache")
+    if report:
+        from wda.report import check_installed
+
+        if out is None:
+            raise typer.BadParameter("needs a folder to write to; add --out", param_hint="--report")
+        check_installed()
+    given = gather(alpha, enabled, axis, initial, trained_on)
     if dry_run:
         from wda.comparison import plan
         from wda.console import show_plan
 
-        given = gather(alpha, enabled, axis, initial, trained_on)
         show_plan(plan(what, base, matrices, given, progress=sys.stderr.isatty()), as_json)
         return
     # The folder is opened first, so that one that cannot be written to fails before the work.
@@ -198,7 +216,7 @@ def compare(
             executor=executor,
             max_memory=max_memory << 20,
             device=device,
-            given=gather(alpha, enabled, axis, initial, trained_on),
+            given=given,
             w0=w0,  # type: ignore[arg-type]
             granularity=granularity,  # type: ignore[arg-type]
             null=None if null == "none" else null,  # type: ignore[arg-type]
@@ -207,10 +225,16 @@ def compare(
         )
         if folder is not None:
             comparison.write(folder)
+        if folder is not None and report:
+            from wda.manifest import make_manifest
+            from wda.reporting import report as write_report
+
+            runs = make_manifest(what, given=given).runs
+            write_report(comparison, folder / "report.html", runs, sys.stderr.isatty())
     say(*comparison.notes)
     show_statistics(comparison.statistics, as_json)
     if out is not None:
-        say(f"written to {out}: {WRITTEN}")
+        say(f"written to {out}: {WRITTEN}{', report.html' if report else ''}")
 
 
 @app.command()

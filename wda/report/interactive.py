@@ -17,7 +17,7 @@ from wda.report.words import vectors
 from wda.statistics import ALL
 
 # More points than this make the page too large and the browser slow.
-MOST_POINTS = 20_000
+MOST_POINTS = 12_000
 
 # plotly's names of matplotlib's markers, and letters that look like them.
 _SYMBOLS = {
@@ -91,7 +91,7 @@ def traces(shown: pd.DataFrame, statistics: pd.DataFrame) -> list[dict[str, Any]
     symbols, sizes = _markers(shown)
     made: list[dict[str, Any]] = []
     for (run, matrix, kind), rows in shown.groupby(["run", "matrix", "vectors"], sort=False):
-        of: dict[str, Any] = {"run": run, "matrix": matrix, "vectors": kind}
+        of = {"run": run, "matrix": matrix, "vectors": kind, "label": label(matrix)}
         for floored, some in rows.groupby("floored"):
             marker: dict[str, Any] = {
                 "color": _FLOORED if floored else looks[run],
@@ -219,22 +219,21 @@ def _markers(shown: pd.DataFrame) -> tuple[dict[str, str], dict[str, float]]:
     markers, areas = style.step_markers(order), style.step_sizes(order)
     return (
         {step: _SYMBOLS[markers[i]] for i, step in enumerate(steps)},
-        {step: 1.9 * areas[i] ** 0.5 for i, step in enumerate(steps)},
+        {step: round(1.9 * areas[i] ** 0.5, 1) for i, step in enumerate(steps)},
     )
 
 
 def _places(table: pd.DataFrame) -> list[str]:
-    """Name layer, matrix and head of each row; outside the layers the module."""
+    """Name layer and head of each row; outside the layers the module."""
     named = []
-    for row in table[["layer", "module", "matrix", "head"]].to_dict(orient="records"):
-        where = label(row["module"]) if row["layer"] is pd.NA else f"layer {row['layer']}"
-        where += f", {label(row['matrix'])}"
-        named.append(where if row["head"] is pd.NA else f"{where}, head {row['head']}")
+    for layer, module, head in zip(table["layer"], table["module"], table["head"], strict=True):
+        where = label(module) if pd.isna(layer) else f"layer {layer}"
+        named.append(where if pd.isna(head) else f"{where}, head {head}")
     return named
 
 
 def _steps(steps: pd.Series) -> list[str]:
-    return ["step unknown" if step is pd.NA else f"step {step}" for step in steps]
+    return ["step unknown" if pd.isna(step) else f"step {step}" for step in steps]
 
 
 def _flags(table: pd.DataFrame) -> pd.Series:

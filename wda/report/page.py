@@ -20,7 +20,7 @@ from wda.report.pictures import within
 from wda.table import check_table
 
 # Letters that all static figures together may take: with plotly's script the page keeps under 8 MB.
-_MOST_OF_FIGURES = 1_600_000
+_MOST_OF_FIGURES = 1_200_000
 
 # Pixels of the page to an inch of a figure, whose letters are small for a screen.
 _SCREEN = 125
@@ -117,7 +117,7 @@ def _render(contents: ReportContents) -> str:
         provenance=json.dumps(
             _shortened(contents.provenance), indent=2, ensure_ascii=False, default=str
         ),
-        made=contents.provenance,
+        made=_made(contents.provenance),
         plotly=get_plotlyjs(),
     )
 
@@ -161,15 +161,21 @@ def _base(provenance: Mapping[str, Any]) -> str:
     return str(base["location"]) if isinstance(base, Mapping) else ""
 
 
+def _made(provenance: Mapping[str, Any]) -> str:
+    """Say which wda made the table, and when."""
+    said = [f"wda {provenance['wda']}"] if "wda" in provenance else ["wda"]
+    return ", ".join([*said, *([str(provenance["time"])] if "time" in provenance else [])])
+
+
 def _everything(statistics: pd.DataFrame) -> pd.DataFrame:
     """Write every number of the statistics with four digits."""
     return statistics.map(_cell)
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return words.NOTHING if pd.isna(value) else f"{value:.4g}".replace("-", "−")
-    return words.NOTHING if value is pd.NA or value is None else str(value)
+def _cell(value: Any) -> str:
+    if pd.isna(value):
+        return words.NOTHING
+    return f"{value:.4g}".replace("-", "−") if isinstance(value, float) else str(value)
 
 
 def _differences(comparisons: pd.DataFrame | None) -> pd.DataFrame | None:

@@ -142,7 +142,7 @@ def _text(value: object) -> str:
 
 
 def _missing(value: object) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+    return bool(pd.isna(value))  # type: ignore[call-overload]
 
 
 def _minus(number: str) -> str:

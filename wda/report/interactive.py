@@ -36,7 +36,10 @@ _GLYPHS = dict(zip(_SYMBOLS, "●■▲◆▼✚✖★", strict=True))
 _COLOURS = [*style.RUN_COLOURS[:-1], "#808080"]
 _FLOORED = "#a0a0a0"
 
-_HOVER = "%{fullData.name}<br>%{customdata[0]}, %{customdata[1]}<br>ΔD %{x:.4g}<br>ΔM %{y:.4g}"
+_HOVER = (
+    "%{fullData.name}<br>%{customdata[0]}, %{meta.label}<br>%{customdata[1]}<br>"
+    "ΔD %{x:.4g}<br>ΔM %{y:.4g}"
+)
 _NOISE = "<br>under three times its rounding floor"
 _RANDOM = "<br>mean of random updates as large"
 

@@ -231,7 +231,17 @@ def test_names_are_drawn_as_they_are_and_run_nothing(chromium: Any, tmp_path: Pa
         "[...document.querySelectorAll('#scatter .legendtext')].map((t) => t.textContent)"
     )
     assert texts[1].replace(" ", "") == HOSTILE.replace(" ", "")
-    assert page.ask("document.querySelector('#scatter a, #scatter b, #scatter image')") is None
+    # Of the one row outside the layers the label tells the module, then the matrix.
+    page.chromium.execute_script("""
+        const plot = document.getElementById("scatter");
+        const outside = (t) => t.customdata?.findIndex(([where]) => !where.startsWith("layer"));
+        const curveNumber = plot._fullData.findIndex((t) => outside(t) >= 0);
+        const pointNumber = outside(plot._fullData[curveNumber]);
+        Plotly.Fx.hover(plot, [{curveNumber, pointNumber}]);
+    """)
+    said = page.ask("document.querySelector('#scatter .hovertext').textContent")
+    assert said.replace(" ", "").startswith(f"ft{HOSTILE},{HOSTILE}step100ΔD".replace(" ", ""))
+    assert page.ask("document.querySelector('#scatter :is(a, b, image)')") is None
     page.choose("matrix", "value")
     page.choose("matrix", HOSTILE)
     assert page.points()

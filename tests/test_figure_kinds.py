@@ -540,7 +540,9 @@ def test_bad_tables_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["profile", "heatmap"])
 def test_without_layers_there_is_nothing_to_draw_by_layer(kind: str) -> None:
     table = made_table(runs=("lora",), matrices=("query",)).assign(layer=pd.NA)
-    with pytest.raises(TableError, match=f"{kind}: no row with a finite delta_m lies in a numbered"):
+    with pytest.raises(
+        TableError, match=f"{kind}: no row with a finite delta_m lies in a numbered"
+    ):
         list(figures.KINDS[kind](figures.Material(table, made_statistics(table))))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from rich.progress import Progress
@@ -31,8 +31,12 @@ from wda.provenance import provenance
 from wda.report import notebook_html
 from wda.runs import Member
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
-from wda.statistics import compute_statistics
+from wda.spectra import measure_spectra, read_spectra, saturation_notes, write_spectra
+from wda.statistics import compare_methods, compute_statistics
 from wda.table import VECTORS_FILE, make_table, read_table, table_file, write_table
+
+if TYPE_CHECKING:
+    from wda.figures import Material
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,34 @@ class Comparison:
         Command, versions, inputs and choices it was made with.
     notes : tuple of str
         What was left out and why.
+    comparisons : pandas.DataFrame
+        One row per two runs or methods and label; columns in
+        :data:`wda.statistics.COMPARISON_COLUMNS`.
     draws : Draws or None
         What random updates of the measured size show in the same rows.
     vectors : pandas.DataFrame or None
         One row per vector, where that was asked for.
+    spectra : tuple of pandas.DataFrame or None
+        Singular values, and what they come to, where that was asked for; columns in
+        :data:`wda.spectra.VALUES_COLUMNS` and :data:`wda.spectra.COLUMNS`.
     """
 
     table: pd.DataFrame
     statistics: pd.DataFrame
     provenance: dict[str, object]
     notes: tuple[str, ...]
+    comparisons: pd.DataFrame
     draws: Draws | None = None
     vectors: pd.DataFrame | None = None
+    spectra: tuple[pd.DataFrame, pd.DataFrame] | None = None
+
+    @property
+    def material(self) -> Material:
+        """All that figures are drawn from."""
+        from wda.figures import Material  # noqa: PLC0415 - drawing is slow to import
+
+        values, summary = self.spectra or (None, None)
+        return Material(self.table, self.statistics, self.draws, self.vectors, values, summary)
 
     def save(self, out: str | Path) -> None:
         """Write tables, scatter figure and provenance into a folder, all of them or none.
@@ -78,7 +98,7 @@ class Comparison:
         from wda import figures  # noqa: PLC0415 - drawing is slow to import
 
         self.write_tables(folder)
-        figures.draw(figures.Material(self.table, self.statistics), ["scatter"], folder)
+        figures.draw(self.material, ["scatter"], folder)
 
     def write_tables(self, folder: Path) -> None:
         """Write what is not a figure into an existing folder."""
@@ -87,7 +107,10 @@ class Comparison:
             write_draws(self.draws, self.table, folder)
         if self.vectors is not None:
             self.vectors.to_parquet(folder / VECTORS_FILE, index=False)
+        if self.spectra is not None:
+            write_spectra(*self.spectra, folder)
         self.statistics.to_csv(folder / "statistics.csv", index=False)
+        self.comparisons.to_csv(folder / "comparisons.csv", index=False)
         text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
         (folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
 
@@ -111,6 +134,7 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     granularity: Granularity = "vector",
     null: Null | None = "isotropic",
     vectors: bool = False,
+    spectra: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -151,6 +175,9 @@ def compare(  # noqa: PLR0913 - all but the first have a default
         or those of the same rank. None for none.
     vectors : bool
         Whether to keep what every vector did, in ``.vectors``; it is then computed anew.
+    spectra : bool
+        Whether to measure singular spectra too, in ``.spectra``: a decomposition of every W0 and
+        Wt, which takes far longer than all the rest.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -187,6 +214,7 @@ def compare(  # noqa: PLR0913 - all but the first have a default
             )
         measurements = _in_order([*known, *new], opened)
         draws = _draws(opened, measurements, null, bar)
+        found = _spectra(opened, bar) if spectra else None
     table = make_table(row for measurement in measurements for row in table_rows(measurement))
     facts = _facts(manifest, opened.members)
     facts |= {"device": computing, "rows_computed_before": _count_rows(known)}
@@ -199,16 +227,19 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     }
     return Comparison(
         table,
-        compute_statistics(table),
+        compute_statistics(table, draws),
         provenance(**facts),
         (
             *opened.notes,
             *_headless_note(table, granularity),
             *_notes_on(table),
+            *(saturation_notes(found[1]) if found else ()),
             *_cache_note(_count_rows(known), kept.trouble),
         ),
+        compare_methods(table),
         draws,
         vectors_table(measurements, opened.base.config) if vectors else None,
+        found,
     )
 
 
@@ -231,6 +262,18 @@ def _draws(
         measurements,
         null,
         on_group=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+
+
+def _spectra(opened: Opened, bar: Progress) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measure singular spectra, and tell how far that is."""
+    task = bar.add_task("spectra", total=None, note="")
+    return measure_spectra(
+        opened.base,
+        opened.pairings,
+        on_part=lambda done, total, matrix: bar.update(
+            task, completed=done, total=total, note=str(matrix)
+        ),
     )
 
 
@@ -329,7 +372,7 @@ def plan(
 
 
 def reopen(path: str | Path) -> Comparison:
-    """Make a comparison from a saved table alone: fitted again, ready to be drawn again.
+    """Make a comparison from a saved table and what lies beside it, fitted and drawn again.
 
     Parameters
     ----------
@@ -346,17 +389,21 @@ def reopen(path: str | Path) -> Comparison:
     TableError
         When the file is no table.
     """
+    from wda.figures import read_material  # noqa: PLC0415 - drawing is slow to import
+
     file = table_file(Path(path))
     table = read_table(file)
-    draws = read_draws(table, file.parent)
-    vectors = file.parent / VECTORS_FILE
+    statistics = compute_statistics(table, read_draws(table, file.parent))
+    beside = read_material(table, statistics, file.parent)
     return Comparison(
         table,
-        compute_statistics(table),
+        statistics,
         provenance(table=describe([file])),
         (),
-        draws,
-        pd.read_parquet(vectors) if vectors.is_file() else None,
+        compare_methods(table),
+        beside.draws,
+        beside.vectors,
+        read_spectra(file.parent),
     )
 
 

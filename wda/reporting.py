@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from wda import figures, style
 from wda.comparison import Comparison
 from wda.diagnosis import Finding, diagnose
-from wda.errors import WdaError, listing
+from wda.errors import TableError, WdaError, listing
 from wda.locations import locate
 from wda.manifest import Run
 from wda.remote import RemotePlace
@@ -42,11 +44,13 @@ def report(
     OutputError
         When the file cannot be written.
     """
-    drawn = {"scatter": figures.scatter_grid(comparison.table, comparison.statistics)}
+    drawn = dict(_pictures(comparison))
     contents = ReportContents(
         title=_title(comparison),
         table=comparison.table,
         statistics=comparison.statistics,
+        comparisons=comparison.comparisons,
+        draws=comparison.draws,
         provenance=comparison.provenance,
         notes=comparison.notes,
         findings={run.name: _examine(run, comparison.provenance, progress) for run in runs},
@@ -57,6 +61,13 @@ def report(
     finally:
         for figure in drawn.values():
             plt.close(figure)
+
+
+def _pictures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
+    """Draw every kind of figure that there is something for."""
+    for draw in figures.KINDS.values():
+        with suppress(TableError):
+            yield from draw(comparison.material)
 
 
 def _title(comparison: Comparison) -> str:

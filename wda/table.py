@@ -35,8 +35,11 @@ def _optional(dtype: str, meaning: str) -> Column:
     return Column(dtype, meaning, required=False)
 
 
-# Beside the table, where it was asked for: every vector's own changes.
+# Beside the table, where it was asked for: every vector's own changes, singular values, and what
+# they come to.
 VECTORS_FILE = "vectors.parquet"
+VALUES_FILE = "spectra.parquet"
+SUMMARY_FILE = "spectra.csv"
 
 # Which quantiles of the vectors' changes stand in the table.
 QUANTILES = (5, 25, 50, 75, 95)

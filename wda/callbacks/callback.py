@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from wda.callbacks.live import Weight, find_weights
+from wda.changes import changes
 from wda.checkpoints import FullCheckpoint, open_base
-from wda.decomposition import Per, check_per, decomposition
-from wda.engine import displacements
+from wda.decomposition import Per, check_per
+from wda.engine import moved
 from wda.errors import ModelError, listing
 from wda.files import staged_folder
 from wda.locations import locate
@@ -232,16 +233,8 @@ def _matrices(
 
 def _numbers(w0: Tensor, update: Update, per: Per) -> dict[str, object]:
     """Measure one update, in the columns of a table's row."""
-    (move,) = displacements(w0, [update], per)
-    change = decomposition(move)
-    return {
-        "n_vectors": change.n_vectors,
-        "delta_m": change.delta_m,
-        "delta_d": change.delta_d,
-        "n_undirected": change.n_undirected,
-        "dtype": str(update.dtype).removeprefix("torch."),
-        "base_dtype": str(w0.dtype).removeprefix("torch."),
-    }
+    (change,) = changes(moved(w0, [update], per)[0], "vector", None)
+    return change.columns
 
 
 def _means(rows: Sequence[dict[str, object]]) -> dict[str, float]:

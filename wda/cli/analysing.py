@@ -92,6 +92,14 @@ def compare(
     vectors: Annotated[
         bool, typer.Option("--vectors", help="Also write vectors.parquet: a row per vector.")
     ] = False,
+    spectra: Annotated[
+        bool,
+        typer.Option(
+            "--spectra",
+            help="Also measure singular spectra of W0, Wt and ΔW, into spectra.parquet and "
+            "spectra.csv; takes far longer than all the rest.",
+        ),
+    ] = False,
     alpha: Alpha = None,
     enabled: Enabled = None,
     axis: Axis = None,
@@ -183,8 +191,9 @@ def compare(
         raise typer.BadParameter(
             f"'isotropic', 'rank' or 'none', not {null!r}", param_hint="--null"
         )
-    if vectors and out is None:
-        raise typer.BadParameter("needs --out DIR to write into", param_hint="--vectors")
+    if (vectors or spectra) and out is None:
+        which = "--vectors" if vectors else "--spectra"
+        raise typer.BadParameter("needs a folder to write to; add --out", param_hint=which)
     if w0 not in (None, "original", "dequantized"):
         raise typer.BadParameter(f"'original' or 'dequantized', not {w0!r}", param_hint="--w0")
     if cache is not None and no_cache:
@@ -221,6 +230,7 @@ def compare(
             granularity=granularity,  # type: ignore[arg-type]
             null=None if null == "none" else null,  # type: ignore[arg-type]
             vectors=vectors,
+            spectra=spectra,
             progress=sys.stderr.isatty(),
         )
         if folder is not None:
@@ -335,9 +345,8 @@ def figures(
     """
     from wda.comparison import reopen
     from wda.console import show_statistics
-    from wda.figures import KINDS, draw, read_material
+    from wda.figures import KINDS, draw
     from wda.files import staged_folder
-    from wda.table import table_file
 
     kinds = list(dict.fromkeys(name.strip() for name in kind.split(",")))
     if unknown := [name for name in kinds if name not in KINDS]:
@@ -347,9 +356,8 @@ def figures(
         )
     with staged_folder(out) as folder:
         comparison = reopen(table)
-        material = read_material(comparison.table, comparison.statistics, table_file(table).parent)
         comparison.write_tables(folder)
-        drawn = draw(material, kinds, folder)
+        drawn = draw(comparison.material, kinds, folder)
     show_statistics(comparison.statistics, as_json=False)
     pictures = [f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")]
     say(f"written to {out}: {', '.join(['tables', *pictures, 'provenance.json'])}")

@@ -9,10 +9,7 @@ import pandas as pd
 
 from wda.draws import Draws, read_draws
 from wda.errors import TableError
-
-VECTORS_FILE = "vectors.parquet"
-VALUES_FILE = "spectra.parquet"
-SUMMARY_FILE = "spectra.csv"
+from wda.table import SUMMARY_FILE, VALUES_FILE, VECTORS_FILE
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,7 @@ import pandas as pd
 
 from wda.errors import TableError, listing
 from wda.table import COLUMNS as TABLE_COLUMNS
-from wda.table import Column
-
-VALUES_FILE = "spectra.parquet"
-SUMMARY_FILE = "spectra.csv"
+from wda.table import SUMMARY_FILE, VALUES_FILE, Column
 
 # Matrix → how the summary's columns about it begin.
 PREFIXES = {"update": "", "w0": "w0_", "wt": "wt_"}

@@ -27,7 +27,7 @@ ROOMS: list[set[str]] = [
     {"plan", "diagnosis", "merging", "opening"},
     {"engine", "spectra"},
     {"schedule"},
-    {"cache", "cluster", "nulls", "filling"},
+    {"cache", "cluster", "nulls", "filling", "notes"},
     {"comparison"},
     {"reporting"},
     {"adapters"},

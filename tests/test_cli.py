@@ -33,6 +33,7 @@ CONTRACT_FILES = {
     "scatter.pdf",
     "provenance.json",
     "nulls.parquet",
+    "comparisons.csv",
 }
 
 

@@ -432,7 +432,7 @@ def test_notebooks_show_a_comparison_with_the_base_install_alone(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     table = made_table().replace({"lora": "<b>lora</b>"})
     statistics = compute_statistics(table)
-    comparison = wda.Comparison(table, statistics, {}, ("<i>note</i>",))
+    comparison = wda.Comparison(table, {}, ("<i>note</i>",))
     shown = comparison._repr_html_()
     assert shown == notebook_html(table, statistics, ("<i>note</i>",))
     page = Page(shown)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,10 +20,11 @@ from wda.checkpoints.given import NOTHING_GIVEN
 from wda.decomposition import Per
 from wda.draws import Draws, read_draws, write_draws
 from wda.engine import usable_device
-from wda.errors import ManifestError, listing
+from wda.errors import ManifestError
 from wda.files import describe, staged_folder
 from wda.filling import table_rows, vectors_table
 from wda.manifest import W0, Manifest, make_manifest
+from wda.notes import cache_notes, doubtful_rows, headless_notes
 from wda.nulls import NULLS, Null, draw
 from wda.opening import Opened, open_all
 from wda.plan import Reading, readings
@@ -33,7 +35,14 @@ from wda.runs import Member
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.spectra import measure_spectra, read_spectra, saturation_notes, write_spectra
 from wda.statistics import compare_methods, compute_statistics
-from wda.table import VECTORS_FILE, make_table, read_table, table_file, write_table
+from wda.table import (
+    VECTORS_FILE,
+    make_table,
+    read_table,
+    read_vectors,
+    table_file,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from wda.figures import Material
@@ -47,15 +56,10 @@ class Comparison:
     ----------
     table : pandas.DataFrame
         One row per run, checkpoint and matrix; columns in :data:`wda.table.COLUMNS`.
-    statistics : pandas.DataFrame
-        One row per run and matrix label; columns in :data:`wda.statistics.COLUMNS`.
     provenance : dict
         Command, versions, inputs and choices it was made with.
     notes : tuple of str
         What was left out and why.
-    comparisons : pandas.DataFrame
-        One row per two runs or methods and label; columns in
-        :data:`wda.statistics.COMPARISON_COLUMNS`.
     draws : Draws or None
         What random updates of the measured size show in the same rows.
     vectors : pandas.DataFrame or None
@@ -66,13 +70,24 @@ class Comparison:
     """
 
     table: pd.DataFrame
-    statistics: pd.DataFrame
     provenance: dict[str, object]
-    notes: tuple[str, ...]
-    comparisons: pd.DataFrame
+    notes: tuple[str, ...] = ()
     draws: Draws | None = None
     vectors: pd.DataFrame | None = None
     spectra: tuple[pd.DataFrame, pd.DataFrame] | None = None
+
+    @cached_property
+    def statistics(self) -> pd.DataFrame:
+        """One row per run and matrix label; columns in :data:`wda.statistics.COLUMNS`."""
+        return compute_statistics(self.table, self.draws)
+
+    @cached_property
+    def comparisons(self) -> pd.DataFrame:
+        """One row per two runs or methods, and label.
+
+        Columns in :data:`wda.statistics.COMPARISON_COLUMNS`.
+        """
+        return compare_methods(self.table)
 
     @property
     def material(self) -> Material:
@@ -227,16 +242,14 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     }
     return Comparison(
         table,
-        compute_statistics(table, draws),
         provenance(**facts),
         (
             *opened.notes,
-            *_headless_note(table, granularity),
-            *_notes_on(table),
+            *headless_notes(table, granularity),
+            *doubtful_rows(table),
             *(saturation_notes(found[1]) if found else ()),
-            *_cache_note(_count_rows(known), kept.trouble),
+            *cache_notes(_count_rows(known), kept.trouble),
         ),
-        compare_methods(table),
         draws,
         vectors_table(measurements, opened.base.config) if vectors else None,
         found,
@@ -288,49 +301,6 @@ def _in_order(measurements: Iterable[Measurement], opened: Opened) -> list[Measu
     return sorted(
         measurements, key=lambda m: (checkpoints[id(m.source.checkpoint)], matrices[m.matrix])
     )
-
-
-def _cache_note(known: int, trouble: str | None) -> list[str]:
-    """Say how much was not computed again, and whether the rest was kept."""
-    notes = []
-    if known:
-        notes.append(
-            f"{known} rows were computed before and are taken from the cache; --no-cache "
-            "(cache=False) computes them anew"
-        )
-    if trouble:
-        notes.append(f"results could not be kept for the next time: {trouble}")
-    return notes
-
-
-def _headless_note(table: pd.DataFrame, granularity: Granularity) -> list[str]:
-    """Say which matrices have no attention heads to have rows, where these were asked for."""
-    rows = table[table["head"].isna()]
-    if granularity != "head" or rows.empty:
-        return []
-    return [
-        f"one row for all vectors of {listing(dict.fromkeys(rows['matrix']), 7)}: they are of no "
-        "attention heads along this axis, or the base's config.json does not tell how many there "
-        "are"
-    ]
-
-
-def _notes_on(table: pd.DataFrame) -> list[str]:
-    """Say once of which rows something is doubtful: no direction, or no more than rounding."""
-    notes = []
-    if not (rows := table[table["n_undirected"] > 0]).empty:
-        notes.append(
-            f"vectors that are zero before or after have no direction and are left out of ΔD: "
-            f"{rows['n_undirected'].sum()} in {len(rows)} rows of the table "
-            f"({listing(dict.fromkeys(rows['module']), 4)}); see the column n_undirected"
-        )
-    if not (rows := table[table["below_floor"]]).empty:
-        notes.append(
-            f"ΔM or ΔD is under three times what rounding to the stored dtypes alone would give in "
-            f"{len(rows)} of {len(table)} rows of the table "
-            f"({listing(dict.fromkeys(rows['run']), 4)}); see the column below_floor"
-        )
-    return notes
 
 
 def plan(
@@ -389,21 +359,14 @@ def reopen(path: str | Path) -> Comparison:
     TableError
         When the file is no table.
     """
-    from wda.figures import read_material  # noqa: PLC0415 - drawing is slow to import
-
     file = table_file(Path(path))
     table = read_table(file)
-    statistics = compute_statistics(table, read_draws(table, file.parent))
-    beside = read_material(table, statistics, file.parent)
     return Comparison(
         table,
-        statistics,
         provenance(table=describe([file])),
-        (),
-        compare_methods(table),
-        beside.draws,
-        beside.vectors,
-        read_spectra(file.parent),
+        draws=read_draws(table, file.parent),
+        vectors=read_vectors(file.parent),
+        spectra=read_spectra(file.parent),
     )
 
 

@@ -147,6 +147,24 @@ def read_table(path: str | Path) -> pd.DataFrame:
     return check_table(table, str(file))
 
 
+def read_vectors(folder: Path) -> pd.DataFrame | None:
+    """Read every vector's own changes, which may lie beside a table; None where they do not.
+
+    Raises
+    ------
+    TableError
+        When the file is damaged.
+    """
+    file = folder / VECTORS_FILE
+    if not file.is_file():
+        return None
+    try:
+        return pd.read_parquet(file)
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TableError(f"{file}: cannot be read: {why}; delete it to go on without") from None
+
+
 def check_table(table: pd.DataFrame, name: str = "table") -> pd.DataFrame:
     """Make sure a table has all columns, in the right dtypes, and at least one row.
 

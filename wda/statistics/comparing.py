@@ -135,8 +135,8 @@ def _at_the_same_norms(a: pd.DataFrame, b: pd.DataFrame) -> _Matched:
     low, high = of_run.min().groupby(level=0).max(), of_run.max().groupby(level=0).min()
 
     def within(rows: pd.DataFrame) -> pd.DataFrame:
-        ends = (rows["unit"].map(end) for end in (low, high))
-        return rows[rows["update_norm"].between(*ends)]
+        lowest, highest = rows["unit"].map(low), rows["unit"].map(high)
+        return rows[rows["update_norm"].between(lowest, highest)]
 
     return _Matched(within(a), within(b), "no matrix has the same ‖ΔW‖ in both")
 

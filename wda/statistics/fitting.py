@@ -117,13 +117,13 @@ def estimates(cloud: Cloud) -> dict[str, float]:
     note("slope", line.slope, interval(slope))
     values["intercept"] = line.intercept
     note("theil_sen_slope", *theil_sen(cloud))
+    note("mixed_slope", *mixed_slope(cloud))
     others: dict[str, Estimate | None] = {
         "spearman_r": ranked(cloud, stats.rankdata(cloud.x), stats.rankdata(cloud.y)),
         "within_layer_r": within_layers(cloud),
         "between_layer_r": between_layers(cloud),
         "within_step_r": within_steps(cloud),
         "partial_r": given_step(cloud),
-        "mixed_slope": mixed_slope(cloud),
     }
     for name, estimate in others.items():
         if estimate is not None:

@@ -6,48 +6,83 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from wda.statistics.clouds import Cloud
-from wda.statistics.moments import Estimate, mixed
+from wda.statistics.resampling import NO_INTERVAL, Interval, groupings, student_interval
 
 # Logarithms of the variance ratios searched: from none of the variance to all of it.
 _SEARCHED = np.linspace(-16, 16, 65)
+_TINY = np.finfo(float).tiny
 
 
-def mixed_slope(cloud: Cloud) -> Estimate | None:
-    """Estimate the slope by restricted maximum likelihood; None where that is not determined.
+def mixed_slope(cloud: Cloud) -> tuple[float, Interval]:
+    """Estimate the slope by restricted maximum likelihood, and its interval.
 
-    Its interval keeps the variance ratio as found: near the truth the slope hardly depends on it,
-    and a search of its own for every resample would take minutes.
+    NaN where it is not determined: with one point per matrix, its intercept and its scatter are
+    one.
     """
-    sizes = np.bincount(cloud.unit)
-    if len(sizes) < 2 or sizes.max() < 2:
-        return None  # with one point per matrix, its intercept and its scatter are one
-    return mixed(cloud, _variance_ratio(cloud))
+    if np.bincount(cloud.unit).max() < 2:
+        return np.nan, NO_INTERVAL
+    sums = unit_sums(cloud)
+    first = np.unique(cloud.unit, return_index=True)[1]
+    value = fit_mixed(sums)[0]
+    without = [
+        np.array([fit_mixed(sums[:, groups != g])[0] for g in range(groups.max() + 1)])
+        for groups in (grouping[first] for grouping in groupings(cloud))
+    ]
+    spread_x, spread_y = cloud.spread()
+    unit = spread_y / spread_x
+    low, high = student_interval(value, without)
+    return unit * value, Interval(unit * low, unit * high)
 
 
-def _variance_ratio(cloud: Cloud) -> float:
-    """Variance of the intercepts in units of the residual variance.
-
-    With one random intercept the likelihood, maximised over all else, depends on this number alone,
-    through sums per matrix; statsmodels' MixedLM finds the same a hundred times slower.
-    """
+def unit_sums(cloud: Cloud) -> np.ndarray:
+    """Give n, the means of x and y and the sums xx, xy, yy about them: (6, matrices)."""
     n = np.bincount(cloud.unit).astype(float)
     x, y = cloud.standardised()
     mean_x, mean_y = (np.bincount(cloud.unit, values) / n for values in (x, y))
-    from_x, from_y = x - mean_x[cloud.unit], y - mean_y[cloud.unit]
-    within = np.array([from_x @ from_x, from_x @ from_y, from_y @ from_y])
+    x, y = x - mean_x[cloud.unit], y - mean_y[cloud.unit]
+    about = [np.bincount(cloud.unit, values) for values in (x * x, x * y, y * y)]
+    return np.stack([n, mean_x, mean_y, *about])
+
+
+def fit_mixed(sums: np.ndarray) -> tuple[float, float]:
+    """Fit y = slope·x + intercept of the matrix, which is normal.
+
+    Parameters
+    ----------
+    sums : numpy.ndarray
+        Of :func:`unit_sums`.
+
+    Returns
+    -------
+    slope, ratio : float
+        The slope, and the variance of the intercepts in units of the residual variance. The
+        likelihood, maximised over all else, depends on the ratio alone, through these sums;
+        statsmodels' MixedLM finds the same a hundred times slower.
+    """
+    n, mean_x, mean_y, *about = sums
+    within = np.sum(about, axis=1)[:, None]
     means = np.stack([np.ones_like(n), mean_x, mean_y])
     products = np.stack([mean_x * mean_x, mean_x * mean_y, mean_y * mean_y])
 
-    def deviance(log_ratio: float) -> float:
-        """Minus twice the restricted log-likelihood, but for a constant."""
-        grown = 1 + n * np.exp(log_ratio)
-        weight = n / grown
-        one, x1, y1 = means @ weight
-        xx, xy, yy = within + products @ weight - np.array([x1 * x1, x1 * y1, y1 * y1]) / one
-        rest = max(yy - xy * xy / xx, np.finfo(float).tiny) if xx > 0 else yy
-        fixed = np.log(one) + np.log(max(xx, np.finfo(float).tiny))
-        return float((len(x) - 2) * np.log(rest) + np.log(grown).sum() + fixed)
+    def moments(ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Weighted n and sums about the weighted means, for each ratio."""
+        weight = n[:, None] / (1 + n[:, None] * ratio)
+        one, x, y = means @ weight
+        xx, xy, yy = within + products @ weight - np.stack([x * x, x * y, y * y]) / one
+        return one, xx, xy, yy
 
-    best = int(np.argmin([deviance(log_ratio) for log_ratio in _SEARCHED]))
+    def deviance(log_ratio: np.ndarray) -> np.ndarray:
+        """Minus twice the restricted log-likelihood, but for a constant."""
+        ratio = np.exp(log_ratio)
+        one, xx, xy, yy = moments(ratio)
+        xx = np.maximum(xx, _TINY)
+        rest = (n.sum() - 2) * np.log(np.maximum(yy - xy * xy / xx, _TINY))
+        grown: np.ndarray = np.log(1 + n[:, None] * ratio).sum(axis=0)
+        return rest + grown + np.log(one) + np.log(xx)
+
+    best = int(np.argmin(deviance(_SEARCHED)))
     around = _SEARCHED[max(best - 1, 0)], _SEARCHED[min(best + 1, len(_SEARCHED) - 1)]
-    return float(np.exp(minimize_scalar(deviance, bounds=around, method="bounded").x))
+    found = minimize_scalar(lambda x: deviance(np.array([x]))[0], bounds=around, method="bounded")
+    ratio = float(np.exp(found.x))
+    _, xx, xy, _ = moments(np.array([ratio]))
+    return (float(xy[0] / xx[0]) if xx[0] > _TINY else np.nan), ratio

@@ -138,23 +138,6 @@ def given_step(cloud: Cloud) -> Estimate | None:
     return Estimate(sums, lambda s: _correlation(_less_line(s), least))
 
 
-def mixed(cloud: Cloud, variance_ratio: float) -> Estimate:
-    """Slope with a random intercept per matrix, whose variance is so many times the residual's.
-
-    Generalised least squares takes the share 1 − 1/√(1 + n·ratio) of each matrix's mean off its n
-    points, off the constant 1 as well, and is ordinary least squares from there.
-    """
-    sizes = np.bincount(cloud.unit)[cloud.unit]
-    kept = 1 / np.sqrt(1 + sizes * variance_ratio)
-    x, y = (
-        values - (1 - kept) * _means(values, cloud.unit)[cloud.unit]
-        for values in cloud.standardised()
-    )
-    sums = _sums(cloud, kept * kept, kept * x, kept * y, x * x, x * y, y * y)
-    least = _least(cloud)
-    return Estimate(sums, lambda s: _slope(_centred(s), least), False, _slope_unit(cloud))
-
-
 def _sums(cloud: Cloud, *values: np.ndarray) -> np.ndarray:
     """Sum values over the points of each run and layer."""
     cells = cloud.run * cloud.layers + cloud.layer

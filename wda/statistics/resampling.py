@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from wda.statistics.clouds import Cloud
 from wda.statistics.moments import Estimate
 
 RESAMPLES = 1999
@@ -133,6 +134,14 @@ def student_interval(centre: float, without: Sequence[np.ndarray]) -> Interval:
         variance, freedom = _add_up(variance, others[0], others[1], len(without[1]), layers)
     reach = float((stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance))[0])
     return Interval(centre - reach, centre + reach)
+
+
+def groupings(cloud: Cloud) -> list[np.ndarray]:
+    """Give the groups of points that a jackknife leaves out: as :func:`student_interval` has it."""
+    if cloud.runs == 1:
+        return [cloud.layer]
+    cells = np.unique(cloud.run * cloud.layers + cloud.layer, return_inverse=True)[1]
+    return [cloud.layer, cloud.run, cells]
 
 
 def _envelope(studentised: np.ndarray, freedom: float) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from wda.statistics.clouds import Cloud
-from wda.statistics.resampling import NO_INTERVAL, Interval, student_interval
+from wda.statistics.resampling import NO_INTERVAL, Interval, groupings, student_interval
 
 # More pairs than this are not needed: their median is as good as known.
 MOST_PAIRS = 200_000
@@ -26,7 +26,7 @@ def theil_sen(cloud: Cloud) -> tuple[float, Interval]:
     if not len(slopes):
         return np.nan, NO_INTERVAL
     ends = np.stack([first, second])[:, steep][:, order]
-    without = [_without_each(slopes, *grouping[ends]) for grouping in _groupings(cloud)]
+    without = [_without_each(slopes, *grouping[ends]) for grouping in groupings(cloud)]
     value = _middle(slopes)
     return value, student_interval(value, without)
 
@@ -36,14 +36,6 @@ def _pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
         return np.triu_indices(n, 1)
     first, second = np.random.default_rng(_SEED).integers(n, size=(2, MOST_PAIRS))
     return first, second
-
-
-def _groupings(cloud: Cloud) -> list[np.ndarray]:
-    """Give what is left out in turn: layers, and with several runs also runs and both."""
-    if cloud.runs == 1:
-        return [cloud.layer]
-    cells = np.unique(cloud.run * cloud.layers + cloud.layer, return_inverse=True)[1]
-    return [cloud.layer, cloud.run, cells]
 
 
 def _without_each(slopes: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -77,8 +77,9 @@ def fit_mixed(sums: np.ndarray) -> tuple[float, float]:
         one, xx, xy, yy = moments(ratio)
         xx = np.maximum(xx, _TINY)
         rest = (n.sum() - 2) * np.log(np.maximum(yy - xy * xy / xx, _TINY))
-        grown: np.ndarray = np.log(1 + n[:, None] * ratio).sum(axis=0)
-        return rest + grown + np.log(one) + np.log(xx)
+        grown = np.log(1 + n[:, None] * ratio).sum(axis=0)
+        total: np.ndarray = rest + grown + np.log(one) + np.log(xx)
+        return total
 
     best = int(np.argmin(deviance(_SEARCHED)))
     around = _SEARCHED[max(best - 1, 0)], _SEARCHED[min(best + 1, len(_SEARCHED) - 1)]

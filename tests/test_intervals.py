@@ -12,16 +12,10 @@ from scipy import stats
 
 from wda.statistics import moments
 from wda.statistics.clouds import Cloud
+from wda.statistics.intervals import difference, interval
 from wda.statistics.mixed_model import fit_mixed, mixed_slope, unit_sums
 from wda.statistics.moments import Estimate
-from wda.statistics.resampling import (
-    difference,
-    interval,
-    jackknife,
-    jackknife_of_all,
-    resamples,
-    sample,
-)
+from wda.statistics.resampling import _run_resamples, jackknife, layer_resamples, sample
 from wda.statistics.theil_sen import theil_sen
 
 
@@ -111,7 +105,8 @@ def test_resamples_are_those_of_points_repeated_in_a_loop(name: str, runs: int) 
     cloud = thinned(cloud, np.arange(len(cloud)) % 11 != 5)  # some layers miss some steps
     estimate = made(cloud)[name]
     assert estimate.value() == pytest.approx(PLAIN[name](cloud), rel=1e-10)
-    u, v = (a[:12] for a in resamples(runs, 7))
+    v = layer_resamples(7)[:12]
+    u = _run_resamples(runs, 12)
     totals = np.einsum("mbr,br->mb", estimate.totals(v), u)
     for got, one_u, one_v in zip(estimate.formula(totals) * estimate.unit, u, v, strict=True):
         assert got == pytest.approx(PLAIN[name](repeated(cloud, one_u, one_v)), rel=1e-9)
@@ -124,15 +119,13 @@ def test_jackknife_is_that_of_a_loop(name: str) -> None:
     scale = np.arctanh if estimate.is_correlation else (lambda value: value / estimate.unit)
     values = np.array([scale(PLAIN[name](without(cloud, c))) for c in range(6)])
     error = np.sqrt(5 / 6 * ((values - values.mean()) ** 2).sum())
-    found = jackknife_of_all(estimate)
-    assert found.error[0] == pytest.approx(error, rel=1e-9)
-    assert found.freedom[0] == 5
+    assert sample(estimate).whole.of_layers[0] == pytest.approx(error**2, rel=1e-9)
     # And of a resample, in which a layer that was taken twice can be left out once.
     times = np.array([2.0, 0, 1, 1, 1, 1])
     again = repeated(cloud, np.ones(1), times)
     values = np.array([scale(PLAIN[name](without(again, c))) for c in range(6)])
     error = np.sqrt(5 / 6 * ((values - values.mean()) ** 2).sum())
-    assert jackknife(estimate, np.ones((1, 1)), times[None]).error[0] == pytest.approx(error)
+    assert jackknife(estimate, np.ones((1, 1)), times[None]).of_layers[0] == pytest.approx(error**2)
 
 
 def without(cloud: Cloud, layer: int) -> Cloud:
@@ -149,21 +142,27 @@ def test_errors_of_layers_and_runs_add_up() -> None:
     rows, columns = random.standard_normal((5, 1)), 2 * random.standard_normal((1, 9))
     sums = np.stack([rows + columns, np.ones((5, 9))])
     estimate = Estimate(sums, lambda s: s[0] / s[1], is_correlation=False)
-    found = jackknife_of_all(estimate)
+    _, whole, drawn = sample(estimate)
     of_runs, of_layers = rows.var(ddof=1) / 5, columns.var(ddof=1) / 9
-    cells = (sums[0] - sums[0].mean()).var() * 45 / 44 / 45
-    assert found.error[0] ** 2 == pytest.approx(of_runs + of_layers - cells, rel=1e-9)
-    beyond = of_runs - cells
-    freedom = (of_layers + beyond) ** 2 / (of_layers**2 / 8 + beyond**2 / 4)
-    assert found.freedom[0] == pytest.approx(freedom, rel=1e-9)
+    of_cells = sums[0].var(ddof=1) / 45
+    assert whole.of_layers[0] == pytest.approx(of_layers, rel=1e-9)
+    assert whole.of_runs[0] == pytest.approx(of_runs - of_cells, rel=1e-9)
+    # A studentised bootstrap of so smooth an estimate is close to Student's t, with the freedom of
+    # both, by Satterthwaite.
+    variance = of_layers + of_runs - of_cells
+    freedom = variance**2 / (of_layers**2 / 8 + (of_runs - of_cells) ** 2 / 4)
+    narrowest = 2 * stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+    low, high = interval(estimate)
+    assert narrowest * (1 - 1e-9) <= high - low <= 1.6 * narrowest
+    assert len(drawn.estimate) == len(layer_resamples(9))
 
 
 def test_intervals_are_no_narrower_than_students_and_the_same_every_time() -> None:
     cloud = Population().draw(8, np.random.default_rng(3))
     for estimate in made(cloud).values():
         ends = interval(estimate)
-        found = jackknife_of_all(estimate)
-        reach = stats.t.ppf(0.975, 7) * found.error[0]
+        found = sample(estimate).whole
+        reach = stats.t.ppf(0.975, 7) * np.sqrt(found.of_layers[0])
         low, high = found.estimate[0] - reach, found.estimate[0] + reach
         if estimate.is_correlation:
             low, high = np.tanh([low, high])
@@ -219,7 +218,6 @@ MILD = Population(of_layers=0.25, of_runs=0.0, of_points=0.12, growth=0.25)
 def test_intervals_hold_the_truth(layers: int) -> None:
     """Of 300 tables: 95 % give or take three standard errors, and the conservative way of six."""
     shares = coverage(MILD, layers, 300)
-    print(shares)
     assert min(shares.values()) >= 0.90, shares
     assert max(shares.values()) <= 0.99, shares
 
@@ -253,31 +251,28 @@ def test_differences_of_the_same_layers_hold_the_truth() -> None:
     held, widths, strangers = [], [], []
     for _ in range(300):
         cloud = MILD.draw(12, random, runs=2)
-        a, b = (
-            sample(moments.pooled(dataclasses.replace(thinned(cloud, cloud.run == r), **alone))[0])
-            for r in (0, 1)
-            for alone in [_one_run(thinned(cloud, cloud.run == r))]
-        )
+        both = [moments.pooled(one_run(cloud, run))[0] for run in (0, 1)]
+        a, b = (sample(dataclasses.replace(r, is_correlation=False)) for r in both)
         value, ends = difference(a, b)
         held.append(ends.low <= 0 <= ends.high)
         widths.append(ends.high - ends.low)
-        apart = [end.ends.high - end.ends.low for end in (a, b)]
-        strangers.append(np.hypot(*apart))
-        assert value == pytest.approx(a.value - b.value)
+        strangers.append(np.hypot(*(high - low for low, high in map(interval, both))))
+        assert value == pytest.approx(both[0].value() - both[1].value())
     assert 0.90 <= np.mean(held) <= 0.99
     assert np.median(widths) < 0.9 * np.median(strangers)
 
 
-def _one_run(cloud: Cloud) -> dict[str, np.ndarray]:
-    return {
-        name: np.unique(getattr(cloud, name), return_inverse=True)[1]
-        for name in ("run", "unit", "at_once", "label")
-    }
+def one_run(cloud: Cloud, run: int) -> Cloud:
+    left = thinned(cloud, cloud.run == run)
+    names = ("run", "unit", "at_once", "label")
+    numbered = {name: np.unique(getattr(left, name), return_inverse=True)[1] for name in names}
+    return dataclasses.replace(left, **numbered)
 
 
 def test_difference_of_unrelated_estimates_adds_squares() -> None:
     random = np.random.default_rng(6)
-    a, b = (sample(moments.pooled(MILD.draw(200, random))[1]) for _ in range(2))
-    value, ends = difference(a, b)
-    expected = np.hypot(a.value - a.ends.low, b.ends.high - b.value)
-    assert value - ends.low == pytest.approx(expected, rel=0.15)
+    slopes = [moments.pooled(MILD.draw(200, random))[1] for _ in range(2)]
+    value, (low, high) = difference(*map(sample, slopes))
+    ends = [interval(slope) for slope in slopes]
+    assert value == pytest.approx(slopes[0].value() - slopes[1].value())
+    assert high - low == pytest.approx(np.hypot(*(e.high - e.low for e in ends)), rel=0.15)

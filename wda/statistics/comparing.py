@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ import pandas as pd
 
 from wda.statistics.clouds import has_both, layer_names, make_cloud, unit_names
 from wda.statistics.columns import ALL, COMPARISON_COLUMNS
+from wda.statistics.intervals import difference
 from wda.statistics.moments import pooled
-from wda.statistics.resampling import FEWEST_LAYERS, Sampled, difference, sample
+from wda.statistics.resampling import FEWEST_LAYERS, Sampled, sample
 from wda.table import check_table
 
 _COUNTS = ("n_a", "n_b", "clusters")
@@ -195,5 +197,7 @@ def _measure(rows: pd.DataFrame, known: _Known) -> _Measured:
     if key not in known:
         cloud = make_cloud(rows)
         why = cloud.why_no_line()
-        known[key] = _Measured(() if why else tuple(map(sample, pooled(cloud))), why)
+        # Differences of r are taken as such, not of Fisher's z.
+        r_and_slope = [] if why else [replace(one, is_correlation=False) for one in pooled(cloud)]
+        known[key] = _Measured(tuple(map(sample, r_and_slope)), why)
     return known[key]

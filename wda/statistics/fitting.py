@@ -12,6 +12,7 @@ from wda.draws import Draws
 from wda.errors import TableError
 from wda.statistics.clouds import Cloud, Selection, has_both, make_cloud, select
 from wda.statistics.columns import ALL, COLUMNS
+from wda.statistics.intervals import Interval, interval
 from wda.statistics.lines import fit_line
 from wda.statistics.mixed_model import mixed_slope
 from wda.statistics.moments import (
@@ -25,7 +26,6 @@ from wda.statistics.moments import (
 )
 from wda.statistics.nulls import null_band
 from wda.statistics.readings import read
-from wda.statistics.resampling import Interval, interval
 from wda.statistics.theil_sen import theil_sen
 from wda.table import check_table
 

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from wda.statistics.clouds import Cloud
-from wda.statistics.resampling import NO_INTERVAL, Interval, groupings, student_interval
+from wda.statistics.intervals import NO_INTERVAL, Interval, groupings, student_interval
 
 # Logarithms of the variance ratios searched: from none of the variance to all of it.
 _SEARCHED = np.linspace(-16, 16, 65)

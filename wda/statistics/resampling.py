@@ -1,4 +1,4 @@
-"""95 % intervals from a bootstrap that resamples layers, and runs where there are several.
+"""Estimates of resamples, and their standard errors by a jackknife.
 
 Layers of one run are what repeats; the checkpoints of a layer are not independent of each other, so
 all points of a layer go into a resample together. Runs and layers cross: a resample takes run r u_r
@@ -7,182 +7,81 @@ times and layer c v_c times, and so the points of both u_r·v_c times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from wda.statistics.clouds import Cloud
 from wda.statistics.moments import Estimate
 
 RESAMPLES = 1999
-FEWEST_LAYERS = 5
-LEVEL = 0.95
+FEWEST_LAYERS = 5  # that an interval takes
 _SEED = 20240214
 # Resamples of fewer different layers or runs say nothing of how different they are.
-_FEWEST_DISTINCT = 3
+_DIFFERENT_LAYERS, _DIFFERENT_RUNS = 3, 2
 _BATCH = 500  # resamples at a time, to bound the memory
 
 
-class Interval(NamedTuple):
-    """Where the estimate lies with 95 % confidence; NaN where that is not known."""
-
-    low: float
-    high: float
-
-
-NO_INTERVAL = Interval(np.nan, np.nan)
-
-
 class Jackknife(NamedTuple):
-    """An estimate on its scale (Fisher's z for a correlation), and how certain it is.
+    """Estimates on their scale (Fisher's z for a correlation), and how certain they are.
 
-    Arrays have one number per resample, `without_layer` one more axis for the layers.
+    Attributes
+    ----------
+    estimate : numpy.ndarray
+        Shape (resamples,).
+    of_layers, of_runs : numpy.ndarray
+        Their variance from layer to layer, and what comes on top from run to run.
+    without_layer : numpy.ndarray
+        The estimates without each layer: (resamples, layers).
     """
 
     estimate: np.ndarray
-    error: np.ndarray
-    freedom: np.ndarray
+    of_layers: np.ndarray
+    of_runs: np.ndarray
     without_layer: np.ndarray
 
 
-def interval(estimate: Estimate) -> Interval:
-    """Give the 95 % interval of an estimate.
-
-    The bootstrap of (θ* − θ)/se*, with standard errors from a jackknife over the layers, gives the
-    quantiles; where Student's t with layers − 1 degrees of freedom has the wider ones, those are
-    taken, since few layers give few different resamples.
-    """
-    runs, layers = estimate.sums.shape[1:]
-    if layers < FEWEST_LAYERS:
-        return NO_INTERVAL
-    whole = jackknife_of_all(estimate)
-    centre, error = whole.estimate[0], whole.error[0]
-    if not np.isfinite(centre) or not np.isfinite(error):
-        return NO_INTERVAL
-    u, v = resamples(runs, layers)
-    batches = range(0, len(v), _BATCH)
-    drawn = [jackknife(estimate, u[i : i + _BATCH], v[i : i + _BATCH]) for i in batches]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        studentised = np.concatenate([(d.estimate - centre) / d.error for d in drawn])
-    ends = _envelope(studentised[np.isfinite(studentised)], whole.freedom[0])
-    return _on_its_scale(estimate, centre, error, *ends)
-
-
 class Sampled(NamedTuple):
-    """An estimate, its interval, and what its jackknife gives."""
+    """An estimate from all points, and from each resample; none of these with too few layers."""
 
-    value: float
-    ends: Interval
-    jackknife: Jackknife
+    estimate: Estimate
+    whole: Jackknife
+    drawn: Jackknife
 
 
 def sample(estimate: Estimate) -> Sampled:
-    """Estimate once what may be subtracted from several others."""
-    return Sampled(estimate.value(), interval(estimate), jackknife_of_all(estimate))
-
-
-def difference(a: Sampled, b: Sampled) -> tuple[float, Interval]:
-    """Give a − b, of two runs or methods that have the same layers, and its 95 % interval.
-
-    The two intervals are put together as Zou (2007) does, which keeps their skewness; how the two
-    estimates go together from layer to layer is taken from the jackknife.
-    """
-    together = _correlation_over_layers(a.jackknife, b.jackknife)
-
-    def reach(one: float, other: float) -> float:
-        return float(np.sqrt(max(one**2 + other**2 - 2 * together * one * other, 0.0)))
-
-    value = a.value - b.value
-    down, up = a.value - a.ends.low, a.ends.high - a.value
-    other_down, other_up = b.value - b.ends.low, b.ends.high - b.value
-    return value, Interval(value - reach(down, other_up), value + reach(up, other_down))
-
-
-def _correlation_over_layers(a: Jackknife, b: Jackknife) -> float:
-    """Correlation of two estimates of the same layers."""
-    one, other = (j.without_layer[0] - j.without_layer[0].mean() for j in (a, b))
-    covariance = (1 - 1 / len(one)) * (one @ other)
-    errors = float(a.error[0] * b.error[0])
-    return float(np.clip(covariance / errors, -1, 1)) if errors else 0.0
-
-
-def student_interval(centre: float, without: Sequence[np.ndarray]) -> Interval:
-    """Give the interval of an estimate too slow to resample: Student's t and a jackknife alone.
-
-    Parameters
-    ----------
-    centre : float
-        The estimate.
-    without : sequence of numpy.ndarray
-        The estimate without each layer; with several runs also without each run, and without the
-        points of each run and layer.
-
-    Returns
-    -------
-    Interval
-        NaN with too few layers, or where an estimate is not determined.
-    """
-    layers = len(without[0])
+    """Estimate from all points and from resamples."""
+    runs, layers = estimate.sums.shape[1:]
+    whole = jackknife(estimate, np.ones((1, runs)), np.ones((1, layers)))
     if layers < FEWEST_LAYERS:
-        return NO_INTERVAL
-    variance, *others = (_variance(x[None], np.ones((1, len(x)))) for x in without)
-    freedom = np.array([layers - 1.0])
-    if others:
-        variance, freedom = _add_up(variance, others[0], others[1], len(without[1]), layers)
-    reach = float((stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance))[0])
-    return Interval(centre - reach, centre + reach)
-
-
-def groupings(cloud: Cloud) -> list[np.ndarray]:
-    """Give the groups of points that a jackknife leaves out: as :func:`student_interval` has it."""
-    if cloud.runs == 1:
-        return [cloud.layer]
-    cells = np.unique(cloud.run * cloud.layers + cloud.layer, return_inverse=True)[1]
-    return [cloud.layer, cloud.run, cells]
-
-
-def _envelope(studentised: np.ndarray, freedom: float) -> tuple[float, float]:
-    tail = (1 - LEVEL) / 2
-    wide = float(stats.t.ppf(1 - tail, freedom))
-    if not len(studentised):
-        return -wide, wide
-    low, high = np.quantile(studentised, [tail, 1 - tail])
-    return min(low, -wide), max(high, wide)
-
-
-def _on_its_scale(
-    estimate: Estimate, centre: float, error: float, low: float, high: float
-) -> Interval:
-    ends = np.array([centre - high * error, centre - low * error])
-    ends = np.tanh(ends) if estimate.is_correlation else ends * estimate.unit
-    return Interval(*map(float, ends))
+        return Sampled(estimate, whole, Jackknife(*(part[:0] for part in whole)))
+    v = layer_resamples(layers)
+    u = _run_resamples(runs, len(v))
+    batches = range(0, len(v), _BATCH)
+    drawn = [jackknife(estimate, u[i : i + _BATCH], v[i : i + _BATCH]) for i in batches]
+    return Sampled(estimate, whole, Jackknife(*map(np.concatenate, zip(*drawn, strict=True))))
 
 
 @lru_cache(maxsize=64)
-def resamples(runs: int, layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw how often each run and each layer is taken: (resamples, runs), (resamples, layers)."""
-    random = np.random.default_rng([_SEED, runs, layers])
-    u = random.multinomial(runs, np.full(runs, 1 / runs), RESAMPLES)
+def layer_resamples(layers: int) -> np.ndarray:
+    """Draw how often each layer is taken, always the same: (resamples, layers)."""
+    random = np.random.default_rng([_SEED, layers])
     v = random.multinomial(layers, np.full(layers, 1 / layers), RESAMPLES)
-    enough = ((u > 0).sum(axis=1) >= min(runs, 2)) & ((v > 0).sum(axis=1) >= _FEWEST_DISTINCT)
-    return u[enough].astype(float), v[enough].astype(float)
+    return np.asarray(v[(v > 0).sum(axis=1) >= _DIFFERENT_LAYERS], float)
 
 
-def jackknife_of_all(estimate: Estimate) -> Jackknife:
-    """Estimate and standard error of the points as they are, as of one resample."""
-    runs, layers = estimate.sums.shape[1:]
-    return jackknife(estimate, np.ones((1, runs)), np.ones((1, layers)))
+def _run_resamples(runs: int, resamples: int) -> np.ndarray:
+    """Draw how often each run is taken, always the same: (resamples, runs)."""
+    if runs == 1:
+        return np.ones((resamples, 1))
+    random = np.random.default_rng([_SEED, runs, 0])
+    # Of two runs half the draws have both, of more runs most.
+    u = random.multinomial(runs, np.full(runs, 1 / runs), 4 * resamples)
+    return np.asarray(u[(u > 0).sum(axis=1) >= _DIFFERENT_RUNS][:resamples], float)
 
 
 def jackknife(estimate: Estimate, u: np.ndarray, v: np.ndarray) -> Jackknife:
-    """Estimate and standard error of each resample, leaving out each layer (and run) in turn.
-
-    With several runs the squared errors of layers and runs add up, less that of single points of
-    both, which both hold (Cameron, Gelbach and Miller 2011).
-    """
+    """Estimate each resample, and its variance by leaving out each layer (and run) in turn."""
     runs, layers = u.shape[1], v.shape[1]
     totals = estimate.totals(v)
     without = estimate.totals_without_each(v)
@@ -191,33 +90,33 @@ def jackknife(estimate: Estimate, u: np.ndarray, v: np.ndarray) -> Jackknife:
         values = estimate.formula(sums)
         return _fisher(values) if estimate.is_correlation else values
 
-    whole = scaled(np.einsum("mbr,br->mb", totals, u))
+    all_runs = np.einsum("mbr,br->mb", totals, u)
     without_layer = scaled(np.einsum("mbrc,br->mbc", without, u))
-    of_layers = _variance(without_layer, v)
-    if runs == 1:
-        return Jackknife(whole, np.sqrt(of_layers), np.full(len(v), layers - 1.0), without_layer)
-    all_runs = np.einsum("mbr,br->mb", totals, u)[..., None]
-    of_runs = _variance(scaled(all_runs - totals), u)
-    cells = (len(v), runs * layers)
-    without_cell = scaled((all_runs - totals)[..., None] + without).reshape(cells)
-    of_cells = _variance(without_cell, (u[:, :, None] * v[:, None, :]).reshape(cells))
-    variance, freedom = _add_up(of_layers, of_runs, of_cells, runs, layers)
-    return Jackknife(whole, np.sqrt(variance), freedom, without_layer)
+    of_layers = jackknife_variance(without_layer, v)
+    of_runs = np.zeros_like(of_layers)
+    if runs > 1:
+        other_runs = all_runs[..., None] - totals
+        without_cell = scaled(other_runs[..., None] + without).reshape(len(v), runs * layers)
+        cells = (u[:, :, None] * v[:, None, :]).reshape(without_cell.shape)
+        of_runs = on_top(
+            of_layers,
+            jackknife_variance(scaled(other_runs), u),
+            jackknife_variance(without_cell, cells),
+        )
+    return Jackknife(scaled(all_runs), of_layers, of_runs, without_layer)
 
 
-def _add_up(
-    of_layers: np.ndarray, of_runs: np.ndarray, of_cells: np.ndarray, runs: int, layers: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Variance of crossed layers and runs, and its degrees of freedom by Satterthwaite."""
-    total = np.maximum(np.maximum(of_layers, of_runs), of_layers + of_runs - of_cells)
-    beyond = total - of_layers
-    with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = total**2 / (of_layers**2 / (layers - 1) + beyond**2 / (runs - 1))
-    return total, np.where(total > 0, freedom, layers - 1.0)
+def on_top(of_layers: np.ndarray, of_runs: np.ndarray, of_cells: np.ndarray) -> np.ndarray:
+    """Give what runs add to the variance of layers.
+
+    The variances of layers and runs add up, less that of the points of one layer and run, which
+    both hold (Cameron, Gelbach and Miller 2011); and the sum is no less than either.
+    """
+    return np.asarray(np.maximum(np.maximum(of_runs - of_cells, of_runs - of_layers), 0))
 
 
-def _variance(without: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Jackknife variance from estimates without one, where each stands so many times."""
+def jackknife_variance(without: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Variance from estimates without one, where each stands so many times: (resamples,)."""
     n = times.sum(axis=1, keepdims=True)
     without = np.where(times > 0, without, 0)
     mean = (times * without).sum(axis=1, keepdims=True) / n

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from wda.statistics.clouds import Cloud
-from wda.statistics.resampling import NO_INTERVAL, Interval, groupings, student_interval
+from wda.statistics.intervals import NO_INTERVAL, Interval, groupings, student_interval
 
 # More pairs than this are not needed: their median is as good as known.
 MOST_PAIRS = 200_000

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 
 from wda.adapters import AdapterConfig
 from wda.manifest import Manifest, Run
+from wda.spectra import COLUMNS as SPECTRA_COLUMNS
+from wda.spectra import VALUES_COLUMNS
 from wda.statistics import COLUMNS as STATISTICS_COLUMNS
 from wda.table import COLUMNS as TABLE_COLUMNS
 from wda.training import DataSource, Recipe
@@ -56,6 +58,18 @@ def render() -> str:
                 "One row per run and matrix label, and one per run for all its matrices.",
                 ("column", "meaning"),
                 [(f"`{n}`", meaning) for n, meaning in STATISTICS_COLUMNS.items()],
+            ),
+            section(
+                "`spectra.parquet`",
+                "One row per singular value; [spectra.md](spectra.md) says how to read them.",
+                ("column", "dtype", "meaning"),
+                [(f"`{n}`", c.dtype, c.meaning) for n, c in VALUES_COLUMNS.items()],
+            ),
+            section(
+                "`spectra.csv`",
+                "One row per run, checkpoint and matrix.",
+                ("column", "dtype", "meaning"),
+                [(f"`{n}`", c.dtype, c.meaning) for n, c in SPECTRA_COLUMNS.items()],
             ),
             section(
                 "`checkpoints_manifest.yaml`",

@@ -136,6 +136,18 @@ def test_pefts_adapters_are_measured_as_their_checkpoints_are(
     assert set(callback.table["rank"]) == {3}
 
 
+def test_transposed_weights_are_known_by_their_modules(tmp_path: Path) -> None:
+    """Not by names beside them: where only c_fc is adapted, there is no c_attn."""
+    model = gpt2()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["c_fc"], fan_in_fan_out=True)
+    callback = DecompositionCallback(STEPS, matrices="up")
+    train(peft.get_peft_model(model, config), tmp_path / "run", callback)
+    expected = compared(tmp_path / "run", tmp_path / "base", matrices="up")
+    assert_same_rows(callback.table, expected)
+    assert set(callback.table["out_features"]) == {96}
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_our_adapters_are_measured_as_their_checkpoints_are(method: Any, tmp_path: Path) -> None:
     model = bert()

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from wda.updates import LowRank
 
-# Up to so many elements a matrix is decomposed exactly: 4096×4096, which takes 20 seconds on two
-# cores and 700 MiB.
+# Up to so many elements a matrix is decomposed exactly: 4096×4096, 45 seconds of one core.
 EXACT_ELEMENTS = 1 << 24
 
 # Of a larger matrix so many leading singular values and vectors are computed, by a randomised

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -146,22 +147,19 @@ def made_material(table: pd.DataFrame) -> Material:
 
 
 def untidy(figure: Figure) -> list[str]:
-    """Tell which words of a figure are cut off, lie on each other or on a panel that is not theirs.
-
-    Ticks may touch the edge of their neighbour's panel by a rounded pixel.
-    """
-    figure.canvas.draw()
+    """Tell which words of a figure are cut off or lie on each other, and legends on panels."""
     edge = figure.bbox.padded(1.5)
-    words = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-    shown = [(t, t.get_window_extent()) for t in words if _is_on_paper(t)]
+    shown = [(text, text.get_window_extent()) for text in _drawn_words(figure)]
     wrong = [
-        f"cut off: {t.get_text()!r}"
-        for t, box in shown
+        f"cut off: {text.get_text()!r}"
+        for text, box in shown
         if box.x0 < edge.x0 or box.y0 < edge.y0 or box.x1 > edge.x1 or box.y1 > edge.y1
     ]
-    for (one, box), (other, second) in combinations(shown, 2):
-        if box.padded(-1).overlaps(second.padded(-1)) and not _are_names_of_points(one, other):
-            wrong.append(f"on each other: {one.get_text()!r}, {other.get_text()!r}")
+    wrong += [
+        f"on each other: {one.get_text()!r}, {other.get_text()!r}"
+        for (one, box), (other, second) in combinations(shown, 2)
+        if box.padded(-1.5).overlaps(second.padded(-1.5)) and not _name_points(one, other)
+    ]
     for legend in [*figure.legends, *filter(None, (ax.get_legend() for ax in figure.axes))]:
         box = legend.get_window_extent().padded(-1)
         if any(box.overlaps(ax.get_window_extent()) for ax in figure.axes):
@@ -169,23 +167,20 @@ def untidy(figure: Figure) -> list[str]:
     return wrong
 
 
-def _is_on_paper(text: Text) -> bool:
-    """Tell whether a text is drawn: ticks outside the limits of their axis are not."""
-    ax = text.axes
-    if ax is None or text.get_transform().contains_branch(ax.transData):
-        return True
-    box = text.get_window_extent()
-    for axis, low, high, frame in (
-        (ax.xaxis, box.x0, box.x1, (ax.bbox.x0, ax.bbox.x1)),
-        (ax.yaxis, box.y0, box.y1, (ax.bbox.y0, ax.bbox.y1)),
-    ):
-        labels = [tick.label1 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
-        if text in labels:
-            middle = (low + high) / 2
-            return frame[0] - 2 <= middle <= frame[1] + 2
-    return True
+def _drawn_words(figure: Figure) -> list[Text]:
+    """Give the texts that are drawn: of its ticks an axis draws only those inside its limits."""
+    drawn: list[Text] = []
+    draw = Text.draw
+
+    def noted(text: Text, renderer: object) -> None:
+        drawn.append(text)
+        draw(text, renderer)
+
+    with patch.object(Text, "draw", noted):
+        figure.draw_without_rendering()
+    return [text for text in drawn if text.get_visible() and text.get_text().strip()]
 
 
-def _are_names_of_points(one: Text, other: Text) -> bool:
-    """Tell whether both are numbers at the ends of paths, which may end in one place."""
+def _name_points(one: Text, other: Text) -> bool:
+    """Tell whether both are layers at the ends of paths, which may end in one place."""
     return one.get_text().isdigit() and other.get_text().isdigit() and one.get_fontsize() == 6

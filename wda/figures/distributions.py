@@ -19,6 +19,7 @@ from wda.figures.panels import (
     new_axes,
     only,
     step_words,
+    with_methods,
     with_values,
 )
 
@@ -105,7 +106,7 @@ def vectors_grid(
         When columns or numbers are missing.
     """
     rows = last_steps(_checked(frame, quantity), step)
-    rows = rows.assign(method=rows["run"].map(methods).fillna(""))
+    rows = with_methods(rows, methods)
     with style.paper_style():
         figure, _ = grid_of_runs(
             rows,

@@ -7,7 +7,6 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -127,7 +126,7 @@ def heatmap_grid(
             lambda ax, cells, *_: _draw_cells(ax, rows.loc[cells.index], quantity, across),
             (across, "layer"),
             width=width,
-            bar=0.5,
+            bar=0.4,
         )
         figure.suptitle(name, fontsize=8)
         if is_floored(rows).any():
@@ -144,19 +143,16 @@ def _draw_cells(ax: Axes, rows: pd.DataFrame, quantity: str, across: Across) -> 
     cells = groups[quantity].mean().unstack().astype(float).sort_index()[order]
     floored = groups["floored"].all().unstack(fill_value=False).sort_index()[order].to_numpy(bool)
     crowded = max(cells.shape) > 2 * _MOST_TICKS
-    sns.heatmap(
-        cells,
-        mask=cells.isna() | floored,
-        cmap=_colours(),
-        norm=_norm(cells.to_numpy()[~floored]),
-        xticklabels=False,
-        yticklabels=False,
-        linewidths=0 if crowded else 0.4,
-        cbar_kws={"pad": 0.03, "aspect": 22},
-        ax=ax,
-    )
+    values = np.ma.masked_invalid(np.where(floored, np.nan, cells))
+    # Not seaborn's, which draws the whole figure anew for every panel.
+    mesh = ax.pcolormesh(
+        values, cmap=_colours(), norm=_norm(values.compressed()),
+        edgecolors="face" if crowded else "white", linewidth=0.05 if crowded else 0.4,
+    )  # fmt: skip
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.03, aspect=22)
+    bar.outline.set_visible(False)
+    ax.spines[:].set_visible(False)
     _mark_floored(ax, floored, 1.5 if crowded else 3.0)
-    ax.invert_yaxis()
     names = ["?" if name == -1 else wrapped(str(name), 14) for name in order]
     _set_ticks(ax, names, [str(layer) for layer in cells.index])
 
@@ -168,11 +164,10 @@ def _colours() -> ListedColormap:
 
 def _norm(values: np.ndarray) -> Normalize:
     """Choose a linear or a logarithmic scale for what is coloured."""
-    known = values[np.isfinite(values)]
-    if not known.size:
+    if not values.size:
         return Normalize(0, 1)
-    scale = LogNorm if is_wide(known) else Normalize
-    return scale(known.min(), known.max())
+    scale = LogNorm if is_wide(values) else Normalize
+    return scale(values.min(), values.max())
 
 
 def _mark_floored(ax: Axes, floored: np.ndarray, size: float) -> None:

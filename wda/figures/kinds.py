@@ -51,10 +51,10 @@ def _vectors(material: Material) -> Figures:
 
 
 def _spectrum(material: Material) -> Figures:
-    written = "spectra.parquet and spectra.csv, which --spectra writes"
-    values = _given(material.values, "spectrum", written)
+    values = _given(material.values, "spectrum", "spectra.parquet, which --spectra writes")
+    summary = _given(material.summary, "spectrum", "spectra.csv, which --spectra writes")
     yield "spectrum", spectrum_grid(values, _methods(material))
-    yield "effective_rank", effective_rank_grid(_given(material.summary, "spectrum", written))
+    yield "effective_rank", effective_rank_grid(summary)
 
 
 def _null(material: Material) -> Figures:

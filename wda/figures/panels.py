@@ -36,7 +36,7 @@ QUANTITIES = {
 }
 
 # Letters of a title that fit above a panel of a third of a page.
-_TITLE_LETTERS = 24
+_TITLE_LETTERS = 20
 
 # Of more panels in a row than fit the page, each gets this width in inches, and the figure grows.
 _NARROWEST = 1.4
@@ -83,6 +83,11 @@ def with_values(frame: pd.DataFrame, quantities: Sequence[str], figure: str) -> 
             f"{figure}: no row has a finite {' and '.join(quantities)}; there is nothing to draw"
         )
     return frame
+
+
+def with_methods(frame: pd.DataFrame, methods: dict[str, str]) -> pd.DataFrame:
+    """Add the methods of the runs to what lies beside a table, which does not tell them."""
+    return frame.assign(method=[methods.get(run, "") for run in frame["run"]])
 
 
 def has_values(rows: pd.DataFrame, quantities: Sequence[str]) -> bool:
@@ -229,7 +234,7 @@ def grid_of_runs(
         squeeze=False,
         layout="constrained",
     )
-    letters = int(_TITLE_LETTERS * (panel - bar) / 1.9)
+    letters = int(_TITLE_LETTERS * (panel - 2 * bar) / 1.9)  # clear of the bar, though centred
     for row, matrix in enumerate(matrices):
         for column, (run, method) in enumerate(runs):
             ax = axes[row, column]

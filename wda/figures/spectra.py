@@ -11,13 +11,13 @@ from matplotlib.lines import Line2D
 from wda import style
 from wda.errors import TableError
 from wda.figures.encoding import draw_key, legend_beside
-from wda.figures.panels import grid_of_runs, last_steps, new_axes, only, with_values
+from wda.figures.panels import grid_of_runs, last_steps, new_axes, only, with_methods, with_values
 
 # Which matrix → its name, and the number of its colour and dashes.
 _MATRICES = {"w0": ("W0", 2), "wt": ("Wt", 1), "update": ("ΔW", 0)}
 
 _VALUE = "singular_value"
-_LABELS = ("number of the singular value", "singular value")
+_LABELS = ("index", "singular value")
 
 
 def spectrum(values: pd.DataFrame, ax: Axes | None = None, *, step: int | None = None) -> Axes:
@@ -87,7 +87,7 @@ def spectrum_grid(
         When columns or numbers are missing.
     """
     rows = last_steps(_positive(values), step)
-    rows = rows.assign(method=rows["run"].map(methods).fillna(""))
+    rows = with_methods(rows, methods)
     with style.paper_style():
         figure, axes = grid_of_runs(
             rows,

@@ -26,6 +26,7 @@ from wda.diagnosis import Finding
 from wda.draws import Draws
 from wda.errors import LocationError, MissingExtraError, OutputError, TableError
 from wda.report import ReportContents, check_installed, interactive, notebook_html, write_report
+from wda.report.pictures import png, svg, within
 from wda.report.words import differences, headline
 from wda.statistics import compute_statistics
 
@@ -392,8 +393,20 @@ def test_large_comparisons_keep_under_8_mb(tmp_path: Path) -> None:
     text = written(contents, tmp_path)
     assert len(table) == 28_800
     assert (tmp_path / "report.html").stat().st_size < 8_000_000
+    sources = [attrs["src"] or "" for tag, attrs in Page(text).tags if tag == "img"]
+    assert [source[:14] for source in sources] == ["data:image/png"] * 2  # smaller in pixels
+    assert sum(map(len, sources)) < 1_200_000
     assert "12,000 of 28,800 rows are drawn" in Page(text).words()
     assert len(interactive.points(table)) == interactive.MOST_POINTS
+
+
+def test_figures_too_large_as_vectors_are_pixels() -> None:
+    table = made_table()
+    figure = figures.scatter_grid(table, compute_statistics(table))
+    drawn = svg(figure)
+    assert within(figure, len(drawn)) == drawn
+    assert within(figure, len(drawn) - 1) == png(figure, 220)
+    assert within(figure, len(png(figure, 220)) - 1) == png(figure, 110)
 
 
 def test_figures_are_vectors_where_they_are_small(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@
   function choose(traces) {
     const matrix = controls.matrix.value;
     const vectors = controls.vectors.value;
-    const random = controls.random?.checked ?? false;
+    const random = controls.random?.checked;
     const away = new Set(
       traces.filter((one) => one.visible === "legendonly").map((one) => one.meta.run),
     );

@@ -401,12 +401,14 @@ def test_large_comparisons_keep_under_8_mb(tmp_path: Path) -> None:
 
 
 def test_figures_too_large_as_vectors_are_pixels() -> None:
-    table = made_table()
+    table = made_table(layers=80, steps=40, runs=("lora",))
     figure = figures.scatter_grid(table, compute_statistics(table))
-    drawn = svg(figure)
-    assert within(figure, len(drawn)) == drawn
-    assert within(figure, len(drawn) - 1) == png(figure, 220)
-    assert within(figure, len(png(figure, 220)) - 1) == png(figure, 110)
+    vector, fine, coarse = len(svg(figure)), len(png(figure, 220)), len(png(figure, 110))
+    assert vector > 2 * fine > 3 * coarse
+    # Not to the letter: matplotlib's layout moves a little with every drawing.
+    assert len(within(figure, 2 * vector)) == pytest.approx(vector, rel=0.01)
+    assert len(within(figure, vector // 2)) == pytest.approx(fine, rel=0.05)
+    assert len(within(figure, fine // 2)) == pytest.approx(coarse, rel=0.05)
 
 
 def test_figures_are_vectors_where_they_are_small(tmp_path: Path) -> None:
@@ -466,7 +468,7 @@ def test_compare_writes_a_report_with_the_doctors_findings(
     assert result.exit_code == 0, result.output
     assert "provenance.json, report.html" in result.stderr
     page = Page((tmp_path / "out" / "report.html").read_text())
-    assert "FT, LoRA, DoRA against their base" in page.words()
+    assert "FT, LoRA and DoRA against their base" in page.words()
     assert page.words().count("what the doctor found in its newest checkpoint") == 3
     assert len(re.findall(r"\d checks passed, nothing suspicious", page.words())) == 3
     assert not plt.get_fignums()

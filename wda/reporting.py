@@ -72,8 +72,10 @@ def _pictures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
 
 def _title(comparison: Comparison) -> str:
     methods = dict(zip(comparison.table["run"], comparison.table["method"], strict=True))
-    names = [style.run_title(run, method) for run, method in methods.items()]
-    return f"{listing(names, 6)} against {'its' if len(names) == 1 else 'their'} base"
+    *names, last = (style.run_title(run, method) for run, method in methods.items())
+    if not names:
+        return f"{last} against its base"
+    return f"{listing(names, 5)} and {last} against their base"
 
 
 def _examine(run: Run, provenance: dict[str, Any], progress: bool) -> list[Finding]:

@@ -154,8 +154,8 @@ _AXIS = {
 _LAYOUT: dict[str, Any] = {
     "template": "none",
     "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-    "xaxis": {**_AXIS, "title": {"text": "ΔD, change of direction"}},
-    "yaxis": {**_AXIS, "title": {"text": "ΔM, change of magnitude"}},
+    "xaxis": {**_AXIS, "title": {"text": "ΔD, change of direction", "standoff": 10}},
+    "yaxis": {**_AXIS, "title": {"text": "ΔM, change of magnitude", "standoff": 14}},
     "hovermode": "closest",
     "hoverlabel": {"align": "left", "namelength": -1},
     "showlegend": True,

@@ -14,10 +14,10 @@ from conftest import moved, pico_weights, save_model, save_pico_adapter
 from safetensors.torch import save_file
 from scipy import stats
 
-from wda import comparison
 from wda.checkpoints import open_base
 from wda.errors import CheckpointError, SelectionError, TableError
 from wda.manifest import make_manifest
+from wda.opening import open_all
 from wda.progress import progress_bar
 from wda.spectra import (
     COLUMNS,
@@ -44,7 +44,7 @@ def measured(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     manifest = make_manifest(runs, base, matrices)
     with progress_bar(False) as bar:
-        opened = comparison._open(manifest, bar)
+        opened = open_all(manifest, bar)
     return measure_spectra(opened.base, opened.pairings, **options)  # type: ignore[arg-type]
 
 

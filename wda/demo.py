@@ -14,6 +14,9 @@ import pandas as pd
 from wda.comparison import compare
 from wda.errors import SelectionError, listing
 from wda.files import staged_folder
+from wda.manifest import make_manifest
+from wda.report import check_installed
+from wda.reporting import report
 from wda.runs import RECIPE_FILE
 from wda.style import METHOD_NAMES
 from wda.training import Recipe, TrainingResult, load_recipe, train_recipe
@@ -78,6 +81,7 @@ def run_demo(
         raise SelectionError("--methods: name at least one, such as lora")
     recipes = {method: _recipe(method, steps, seed) for method in dict.fromkeys(methods)}
     folder = _run_folder(runs, steps, seed)
+    check_installed()
     # The output folder is opened first, so that one that cannot be written to fails at once.
     with staged_folder(out) as scratch:
         results = {
@@ -85,8 +89,10 @@ def run_demo(
             for method, recipe in recipes.items()
         }
         base = next(iter(recipes.values())).base
-        comparison = compare([folder / method for method in recipes], base, progress=progress)
+        folders = [folder / method for method in recipes]
+        comparison = compare(folders, base, vectors=True, progress=progress)
         comparison.write(scratch)
+        report(comparison, scratch / "report.html", make_manifest(folders).runs, progress)
     statistics = comparison.statistics
     reading = [_training_line(method, recipes[method], results[method]) for method in recipes]
     reading += [_paper_line(method, statistics) for method in recipes]

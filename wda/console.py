@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -26,17 +26,28 @@ if TYPE_CHECKING:
 
 
 def show_statistics(statistics: pd.DataFrame, as_json: bool) -> None:
-    """Print statistics on standard output, for a person or for a program."""
+    """Print statistics on standard output: for a person a selection, for a program all columns."""
     if as_json:
         echo(statistics.to_json(orient="records", indent=2, double_precision=15))
         return
+    statistics = statistics.assign(run=statistics["run"].fillna("all runs"))
+    # The axis and granularity of the vectors are told where there are several.
+    several = [c for c in ("per", "granularity") if statistics[c].nunique(dropna=False) > 1]
+    words = ["run", "method", "matrix", *several]
+    rows = statistics.to_dict("records")
+    numbers = [name for name, show in _SHOWN.items() if any(map(show, rows))]
     shown = Table(box=None, header_style="bold", pad_edge=False)
-    for column in statistics.columns:
-        numeric = statistics[column].dtype.kind in "if"
-        shown.add_column(column, justify="right" if numeric else "left")
-    for row in statistics.itertuples(index=False):
-        shown.add_row(*map(_cell, row))
-    Console().print(shown)
+    for name in (*words, "n", *numbers):
+        justify: Any = "left" if name in words else "right"
+        shown.add_column(name, justify=justify, min_width=min(len(name), 9), overflow="fold")
+    for row in rows:
+        cells = [_SHOWN[name](row) or "–" for name in numbers]
+        shown.add_row(*(str(row[name]) for name in (*words, "n")), *cells)
+    console = Console(highlight=False)
+    console.print(shown, width=None if console.is_terminal else 120)
+    for row in rows:
+        where = ", ".join(str(row[name]) for name in words if name != "method")
+        console.print(f"{escape(where)}: {escape(str(row['reading']))}", soft_wrap=True)
 
 
 def show_plan(readings: Sequence[Reading], as_json: bool) -> None:
@@ -142,7 +153,29 @@ def show_errors(errors: Mapping[str, float]) -> None:
     Console().print(shown)
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:+.4g}"
-    return str(value)
+def _with_ends(row: Mapping[Hashable, Any], name: str) -> str:
+    """Write a correlation with its interval; nothing where there is none."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    ends = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
+    return "" if math.isnan(row[name]) else f"{row[name]:+.2f}{ends}"
+
+
+def _alone(row: Mapping[Hashable, Any], name: str, digits: str) -> str:
+    value = row.get(name, math.nan)
+    return "" if math.isnan(value) else f"{value:{digits}}"
+
+
+def _band(row: Mapping[Hashable, Any]) -> str:
+    low, high = row["null_r_low"], row["null_r_high"]
+    return "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+
+
+# What a person is shown of the numbers, and how; a column that would be empty is left out.
+_SHOWN: dict[str, Callable[[Mapping[Hashable, Any]], str]] = {
+    "pearson_r": lambda row: _with_ends(row, "pearson_r"),
+    "paper_r": lambda row: _alone(row, "paper_r", "+.2f"),
+    "random r": _band,
+    "slope": lambda row: _alone(row, "slope", "+.3g"),
+    "within layers": lambda row: _alone(row, "within_layer_r", "+.2f"),
+    "between layers": lambda row: _alone(row, "between_layer_r", "+.2f"),
+}

@@ -557,7 +557,7 @@ def test_a_kind_without_its_material_says_what_is_missing(kind: str, file: str) 
 
 
 def test_material_is_what_lies_in_the_folder(tmp_path: Path) -> None:
-    table = made_table(steps=1)
+    table = made_table(2, 1, ("lora",), ("query",))
     write_table(table, tmp_path)
     bare = figures.read_material(table, made_statistics(table), tmp_path)
     assert (bare.draws, bare.vectors, bare.values, bare.summary) == (None,) * 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -124,26 +123,24 @@ def _checked(frame: pd.DataFrame, quantity: Change) -> pd.DataFrame:
 
 
 def _draw_boxes(ax: Axes, rows: pd.DataFrame, quantity: Change) -> None:
-    layers = rows["layer"].nunique()
-    thin = 0.7 if layers <= 24 else 0.35
+    known = rows.dropna(subset=[quantity])
+    layers = {int(layer): of_layer[quantity] for layer, of_layer in known.groupby("layer")}
+    thin = 0.7 if len(layers) <= 24 else 0.35
     dark = style.RUN_COLOURS[0]
-    sns.boxplot(
-        rows.assign(layer=rows["layer"].astype(float)),
-        x="layer",
-        y=quantity,
-        native_scale=True,
+    ax.boxplot(
+        list(layers.values()),
+        positions=list(layers),
         whis=_WHISKERS,
+        widths=0.6,
         showfliers=False,
         showcaps=False,
-        width=0.6,
-        linewidth=thin,
-        color=dark,
-        boxprops={"facecolor": style.RUN_COLOURS[4], "edgecolor": dark},
+        patch_artist=True,
+        manage_ticks=False,
+        boxprops={"facecolor": style.RUN_COLOURS[4], "edgecolor": dark, "linewidth": thin},
         medianprops={"color": "black", "linewidth": 2 * thin},
-        whiskerprops={"color": dark},
-        ax=ax,
+        whiskerprops={"color": dark, "linewidth": thin},
     )
     if rows[quantity].min() < 0:
         ax.axhline(0, color=style.LINE_COLOUR, lw=0.6, ls=":", zorder=0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    ax.set(xlabel="", ylabel="")
+    ax.set_xlim(min(layers) - 0.6, max(layers) + 0.6)

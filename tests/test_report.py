@@ -194,10 +194,12 @@ def test_axes_and_granularities_are_told_where_they_differ() -> None:
 
 def test_differences_are_first_minus_second() -> None:
     (row,) = differences(made_comparisons()).to_dict(orient="records")
-    assert row["first"], row["second"] == ("lora", "dora")
+    assert (row["first"], row["second"]) == ("lora", "dora")
     assert row["difference of r"] == "−0.30 [−0.50, +0.10]"
     assert row["difference of slope"] == "+12.3 [+1.00, +23.0]"
     assert (row["n"], row["note"]) == ("24, 23", "only 23 points match")
+    both = pd.concat([made_comparisons(), made_comparisons().assign(per="input")])
+    assert list(differences(both)["vectors"]) == ["output", "input"]
 
 
 def numbers(values: object) -> np.ndarray:

@@ -39,8 +39,6 @@ def headline(statistics: pd.DataFrame) -> pd.DataFrame:
     named = shown[statistics["run"].notna()]
     if (named["run"].str.lower() == named["method"].str.lower()).all():
         shown = shown.drop(columns="method")
-    if shown["vectors"].nunique() == 1:
-        shown = shown.drop(columns="vectors")
     return _told(shown)
 
 
@@ -51,6 +49,7 @@ def differences(comparisons: pd.DataFrame) -> pd.DataFrame:
             "first": _name(row, "_a"),
             "second": _name(row, "_b"),
             "matrix": _text(row.get("matrix")),
+            "vectors": vectors(row),
             "matched": _text(row.get("matched")),
             "n": f"{_text(row.get('n_a'))}, {_text(row.get('n_b'))}",
             "difference of r": estimate(row, "r_difference"),
@@ -63,7 +62,9 @@ def differences(comparisons: pd.DataFrame) -> pd.DataFrame:
 
 
 def _told(shown: pd.DataFrame) -> pd.DataFrame:
-    """Leave out columns that tell nothing."""
+    """Leave out columns that tell nothing, and the vectors where they are all of a kind."""
+    if shown["vectors"].nunique() == 1:
+        shown = shown.drop(columns="vectors")
     return shown.loc[:, [name for name in shown if (shown[name] != NOTHING).any()]]
 
 

@@ -141,7 +141,7 @@ def test_rows_near_their_floor_are_flagged(tmp_path: Path) -> None:
     assert not far["below_floor"].any()
     assert (far["delta_d"] > TIMES * far["floor_delta_d"]).all()
     (note,) = (note for note in found.notes if "below_floor" in note)
-    assert "6 of 12 rows of the table (near)" in note
+    assert "near: 6 of 6 points lie under three times" in note
 
 
 def test_nothing_is_flagged_that_is_far_above(runs: dict[str, Path], base: Path) -> None:

@@ -364,6 +364,7 @@ def reopen(path: str | Path) -> Comparison:
     return Comparison(
         table,
         provenance(table=describe([file])),
+        tuple(doubtful_rows(table)),
         draws=read_draws(table, file.parent),
         vectors=read_vectors(file.parent),
         spectra=read_spectra(file.parent),

@@ -42,10 +42,11 @@ def doubtful_rows(table: pd.DataFrame) -> list[str]:
             f"{rows['n_undirected'].sum()} in {len(rows)} rows of the table "
             f"({listing(dict.fromkeys(rows['module']), 4)}); see the column n_undirected"
         )
-    if not (rows := table[table["below_floor"]]).empty:
-        notes.append(
-            f"ΔM or ΔD is under three times what rounding to the stored dtypes alone would give in "
-            f"{len(rows)} of {len(table)} rows of the table "
-            f"({listing(dict.fromkeys(rows['run']), 4)}); see the column below_floor"
-        )
+    low = table["below_floor"].fillna(False).astype(bool)
+    for run, rows in table.groupby("run", sort=False):
+        if count := int(low[rows.index].sum()):
+            notes.append(
+                f"{run}: {count} of {len(rows)} points lie under three times what rounding to the "
+                "stored numbers alone would give (below_floor); they are grey in the figures"
+            )
     return notes

@@ -112,7 +112,7 @@ def _render(contents: ReportContents) -> str:
         n_points=len(contents.table),
         n_draws=None if contents.draws is None else len(contents.draws),
         pictures=_pictures(contents),
-        warnings=[*_floors(contents.table), *contents.notes],
+        warnings=contents.notes,
         findings=contents.findings,
         provenance=json.dumps(
             _shortened(contents.provenance), indent=2, ensure_ascii=False, default=str
@@ -206,17 +206,6 @@ def _caption(name: str) -> str:
     if kind not in _CAPTIONS:
         return name
     return ": ".join([_CAPTIONS[kind], *([" ".join(rest)] if rest else [])])
-
-
-def _floors(table: pd.DataFrame) -> list[str]:
-    """Say of which runs points are so small that rounding alone may have made them."""
-    low = table["below_floor"].fillna(False).astype(bool)
-    return [
-        f"{run}: {int(low[rows.index].sum())} of {len(rows)} points lie under three times what "
-        "rounding to the stored dtypes alone would give; they are grey in the figures"
-        for run, rows in table.groupby("run", sort=False)
-        if low[rows.index].any()
-    ]
 
 
 def _shortened(value: Any) -> Any:

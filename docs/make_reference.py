@@ -14,6 +14,7 @@ from wda.manifest import Manifest, Run
 from wda.spectra import COLUMNS as SPECTRA_COLUMNS
 from wda.spectra import VALUES_COLUMNS
 from wda.statistics import COLUMNS as STATISTICS_COLUMNS
+from wda.statistics import COMPARISON_COLUMNS
 from wda.table import COLUMNS as TABLE_COLUMNS
 from wda.training import DataSource, Recipe
 
@@ -55,9 +56,16 @@ def render() -> str:
             ),
             section(
                 "`statistics.csv`",
-                "One row per run and matrix label, and one per run for all its matrices.",
+                "One row per run and matrix label, and one per run for all its matrices; the same for "
+                "the runs of a method together. [statistics.md](statistics.md) tells how to read them.",
                 ("column", "meaning"),
                 [(f"`{n}`", meaning) for n, meaning in STATISTICS_COLUMNS.items()],
+            ),
+            section(
+                "`comparisons.csv`",
+                "One row per two runs or methods, matrix label and way of matching.",
+                ("column", "meaning"),
+                [(f"`{n}`", meaning) for n, meaning in COMPARISON_COLUMNS.items()],
             ),
             section(
                 "`spectra.parquet`",

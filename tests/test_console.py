@@ -39,6 +39,7 @@ def test_a_person_sees_r_with_its_interval_and_the_readings(
         }
         assert f"{row['within_layer_r']:+.2f}" in line.split()
         assert row["reading"] in printed
+    assert printed.splitlines()[1].startswith("a[b] ")
     assert "a[b], query: r " in printed
     assert "all runs, query: r " in printed
 

@@ -42,9 +42,11 @@ def show_statistics(statistics: pd.DataFrame, as_json: bool) -> None:
         shown.add_column(name, justify=justify, min_width=min(len(name), 9), overflow="fold")
     for row in rows:
         cells = [_SHOWN[name](row) or "–" for name in numbers]
-        shown.add_row(*(str(row[name]) for name in (*words, "n")), *cells)
+        shown.add_row(*(escape(str(row[name])) for name in (*words, "n")), *cells)
     console = Console(highlight=False)
-    console.print(shown, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console.width = 120  # in a file there is room
+    console.print(shown)
     for row in rows:
         where = ", ".join(str(row[name]) for name in words if name != "method")
         console.print(f"{escape(where)}: {escape(str(row['reading']))}", soft_wrap=True)

@@ -56,8 +56,8 @@ def render() -> str:
             ),
             section(
                 "`statistics.csv`",
-                "One row per run and matrix label, and one per run for all its matrices; the same for "
-                "the runs of a method together. [statistics.md](statistics.md) tells how to read them.",
+                "One row per run and matrix label, one per run for all its matrices, and the same "
+                "for the runs of a method together; see [statistics.md](statistics.md).",
                 ("column", "meaning"),
                 [(f"`{n}`", meaning) for n, meaning in STATISTICS_COLUMNS.items()],
             ),

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import wda
 from wda import comparison as comparison_module
 from wda.cli import app
+from wda.figures import KINDS
 
 ROOT = Path(__file__).parent.parent
 CONTRACT_TABLE = {
@@ -39,6 +40,11 @@ CONTRACT_FILES = {
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def plain(text: str) -> str:
+    """Take the frame away that is drawn around wrong usage."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
 def compared(runs: dict[str, Path], base: Path, out: Path, *more: object) -> Result:
@@ -104,6 +110,30 @@ def test_figures_redraws_the_same_from_either_table(
         assert result.exit_code == 0, result.output
         for name in ("scatter.png", "statistics.csv", "table.csv"):
             assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_figures_of_other_kinds_are_drawn_on_request(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    compared(runs, base, tmp_path / "out")
+    again = tmp_path / "again"
+    result = run("figures", tmp_path / "out", "--kind", "profile, heatmap,profile", "--out", again)
+    assert result.exit_code == 0, result.output
+    maps = [f"heatmap{m}_{q}" for q in ("delta_m", "delta_d") for m in ("", "_matrices")]
+    assert {file.stem for file in again.glob("*.png")} == {"profile", *maps}
+    assert {file.stem for file in again.glob("*.pdf")} == {"profile", *maps}
+    assert (again / "statistics.csv").is_file()
+    assert "tables, profile.png, profile.pdf, heatmap_delta_m.png" in result.stderr
+    for name in KINDS:
+        assert name in run("figures", "--help").stdout
+    none = tmp_path / "none"
+    line = one_line(run("figures", tmp_path / "out", "--kind", "scatter,vectors", "--out", none))
+    assert "vectors: is drawn from vectors.parquet, which --vectors writes, and none lies" in line
+    assert not none.exists()
+    for kind in ("scater", "scatter,", ""):
+        wrong = run("figures", tmp_path / "out", "--kind", kind, "--out", none)
+        assert wrong.exit_code == 2
+        assert "there are scatter, profile, trajectory, heatmap, vectors" in plain(wrong.stderr)
 
 
 def test_help_shows_worked_examples() -> None:

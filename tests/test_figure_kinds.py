@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,8 +77,8 @@ def test_three_runs_fit_a_narrow_page(kind: str) -> None:
         "profile": lambda m: figures.profile_grid(m.table, width=width),
         "trajectory": lambda m: figures.trajectory_grid(m.table, width=width),
         "heatmap": lambda m: figures.heatmap_grid(m.table, width=width),
-        "vectors": lambda m: figures.vectors_grid(m.vectors, {}, width=width),
-        "spectrum": lambda m: figures.spectrum_grid(m.values, {}, width=width),
+        "vectors": lambda m: figures.vectors_grid(m.vectors, width=width),
+        "spectrum": lambda m: figures.spectrum_grid(m.values, width=width),
         "null": lambda m: figures.null_grid(m.table, m.statistics, m.draws, width=width),
     }
     figure = grids[kind](made_material(made_table()))
@@ -575,3 +577,20 @@ def test_material_is_what_lies_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "vectors.parquet").write_text("nonsense")
     with pytest.raises(TableError, match=r"vectors\.parquet: cannot be read: .* delete it"):
         figures.read_material(table, made_statistics(table), tmp_path)
+
+
+def test_the_page_shows_every_kind_as_it_is_drawn(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "figures.md").read_text()
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(figures.KINDS)
+    pictures = re.findall(r"\((figures/\w+\.png)\)", page)
+    assert max((root / "docs" / picture).stat().st_size for picture in pictures) < 60_000
+    table = made_table(2, 2, ("lora",), ("query",))
+    material = made_material(table)
+    write_table(table, tmp_path)
+    write_draws(material.draws, table, tmp_path)
+    material.vectors.to_parquet(tmp_path / "vectors.parquet")
+    material.values.to_parquet(tmp_path / "spectra.parquet")
+    material.summary.to_csv(tmp_path / "spectra.csv", index=False)
+    runpy.run_path(str(root / "docs" / "make_figures.py"))["draw"](tmp_path, tmp_path)
+    assert {f"figures/{file.name}" for file in tmp_path.glob("*.png")} == set(pictures)

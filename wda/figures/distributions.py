@@ -73,9 +73,9 @@ def vectors(
 
 def vectors_grid(
     frame: pd.DataFrame,
-    methods: dict[str, str],
     quantity: Change = "magnitude_change",
     *,
+    methods: dict[str, str] | None = None,
     step: int | None = None,
     width: float = style.PAGE_WIDTH,
 ) -> Figure:
@@ -85,10 +85,10 @@ def vectors_grid(
     ----------
     frame : pandas.DataFrame
         Changes vector by vector, as in ``vectors.parquet``.
-    methods : dict of str to str
-        Run → method, as the table tells them; a run that is missing goes by its name.
     quantity : {"magnitude_change", "direction_change"}
         As for :func:`vectors`.
+    methods : dict of str to str, optional
+        Run → method, as the table tells them; a run that is missing goes by its name.
     step : int, optional
         Which checkpoint; by default each run's last.
     width : float

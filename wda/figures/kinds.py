@@ -46,14 +46,15 @@ def _heatmap(material: Material) -> Figures:
 def _vectors(material: Material) -> Figures:
     frame = _given(material.vectors, "vectors", "vectors.parquet, which --vectors writes")
     changes: tuple[Change, ...] = ("magnitude_change", "direction_change")
+    methods = _methods(material)
     for change in changes:
-        yield f"vectors_{change.split('_')[0]}", vectors_grid(frame, _methods(material), change)
+        yield f"vectors_{change.split('_')[0]}", vectors_grid(frame, change, methods=methods)
 
 
 def _spectrum(material: Material) -> Figures:
     values = _given(material.values, "spectrum", "spectra.parquet, which --spectra writes")
     summary = _given(material.summary, "spectrum", "spectra.csv, which --spectra writes")
-    yield "spectrum", spectrum_grid(values, _methods(material))
+    yield "spectrum", spectrum_grid(values, methods=_methods(material))
     yield "effective_rank", effective_rank_grid(summary)
 
 

@@ -85,9 +85,9 @@ def with_values(frame: pd.DataFrame, quantities: Sequence[str], figure: str) -> 
     return frame
 
 
-def with_methods(frame: pd.DataFrame, methods: dict[str, str]) -> pd.DataFrame:
+def with_methods(frame: pd.DataFrame, methods: dict[str, str] | None) -> pd.DataFrame:
     """Add the methods of the runs to what lies beside a table, which does not tell them."""
-    return frame.assign(method=[methods.get(run, "") for run in frame["run"]])
+    return frame.assign(method=[(methods or {}).get(run, "") for run in frame["run"]])
 
 
 def has_values(rows: pd.DataFrame, quantities: Sequence[str]) -> bool:

@@ -58,8 +58,8 @@ def spectrum(values: pd.DataFrame, ax: Axes | None = None, *, step: int | None =
 
 def spectrum_grid(
     values: pd.DataFrame,
-    methods: dict[str, str],
     *,
+    methods: dict[str, str] | None = None,
     step: int | None = None,
     width: float = style.PAGE_WIDTH,
 ) -> Figure:
@@ -69,7 +69,7 @@ def spectrum_grid(
     ----------
     values : pandas.DataFrame
         Singular values, as in ``spectra.parquet``.
-    methods : dict of str to str
+    methods : dict of str to str, optional
         Run → method, as the table tells them; a run that is missing goes by its name.
     step : int, optional
         Which checkpoint; by default each run's last.

@@ -154,9 +154,6 @@ def test_notebooks_run_on_small_data(notebook: Path, short_demo: Path, tmp_path:
 
 
 @pytest.mark.parametrize("page", sorted(page.name for page in (ROOT / "docs").glob("*.md")))
-@pytest.mark.parametrize(
-    "page", ["benchmarks.md", "clusters.md", "figures.md", "formats.md", "scaling.md"]
-)
 def test_the_pages_links_lead_somewhere(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)

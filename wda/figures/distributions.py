@@ -124,7 +124,7 @@ def _checked(frame: pd.DataFrame, quantity: Change) -> pd.DataFrame:
 
 def _draw_boxes(ax: Axes, rows: pd.DataFrame, quantity: Change) -> None:
     known = rows.dropna(subset=[quantity])
-    layers = {int(layer): of_layer[quantity] for layer, of_layer in known.groupby("layer")}
+    layers = {int(str(layer)): of_layer[quantity] for layer, of_layer in known.groupby("layer")}
     thin = 0.7 if len(layers) <= 24 else 0.35
     dark = style.RUN_COLOURS[0]
     ax.boxplot(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import moved as shifted
-from conftest import pico_weights, save_model
+from conftest import pico_weights, save_model, wda_command
 
 import wda
 from wda import engine
@@ -142,6 +142,22 @@ def test_rows_near_their_floor_are_flagged(tmp_path: Path) -> None:
     assert (far["delta_d"] > TIMES * far["floor_delta_d"]).all()
     (note,) = (note for note in found.notes if "below_floor" in note)
     assert "near: 6 of 6 points lie under three times" in note
+
+
+def test_rows_near_their_floor_stay_out_of_the_fits_on_request(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    found = wda.compare(runs["lora"], base=base, matrices="query", null=None, progress=False)
+    found.table.loc[found.table["step"] == 9, "below_floor"] = True
+    found.save(tmp_path / "out")
+    kept = wda.reopen(tmp_path / "out", leave_out_floored=True)
+    counts = [c.statistics.loc[0, ["n", "n_below_floor"]].tolist() for c in (found, kept)]
+    assert counts == [[9, 3], [6, 3]]
+    done = wda_command(
+        "figures", tmp_path / "out", "--leave-out-floored", "--out", "again", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 points under three times their floor are left out" in done.stdout
 
 
 def test_nothing_is_flagged_that_is_far_above(runs: dict[str, Path], base: Path) -> None:

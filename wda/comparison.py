@@ -67,6 +67,8 @@ class Comparison:
     spectra : tuple of pandas.DataFrame or None
         Singular values, and what they come to, where that was asked for; columns in
         :data:`wda.spectra.VALUES_COLUMNS` and :data:`wda.spectra.COLUMNS`.
+    leave_out_floored : bool
+        Whether rows under three times their floor are left out of the fits.
     """
 
     table: pd.DataFrame
@@ -75,11 +77,12 @@ class Comparison:
     draws: Draws | None = None
     vectors: pd.DataFrame | None = None
     spectra: tuple[pd.DataFrame, pd.DataFrame] | None = None
+    leave_out_floored: bool = False
 
     @cached_property
     def statistics(self) -> pd.DataFrame:
         """One row per run and matrix label; columns in :data:`wda.statistics.COLUMNS`."""
-        return compute_statistics(self.table, self.draws)
+        return compute_statistics(self.table, self.draws, leave_out_floored=self.leave_out_floored)
 
     @cached_property
     def comparisons(self) -> pd.DataFrame:
@@ -87,7 +90,7 @@ class Comparison:
 
         Columns in :data:`wda.statistics.COMPARISON_COLUMNS`.
         """
-        return compare_methods(self.table)
+        return compare_methods(self.table, leave_out_floored=self.leave_out_floored)
 
     @property
     def material(self) -> Material:
@@ -150,6 +153,7 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     null: Null | None = "isotropic",
     vectors: bool = False,
     spectra: bool = False,
+    leave_out_floored: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Measure how far the checkpoints of one or more runs moved from their base.
@@ -193,6 +197,8 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     spectra : bool
         Whether to measure singular spectra too, in ``.spectra``: a decomposition of every W0 and
         Wt, which takes far longer than all the rest.
+    leave_out_floored : bool
+        Whether to leave rows under three times their floor out of the fits.
     progress : bool
         Whether to show a progress bar on standard error.
 
@@ -233,7 +239,7 @@ def compare(  # noqa: PLR0913 - all but the first have a default
     table = make_table(row for measurement in measurements for row in table_rows(measurement))
     facts = _facts(manifest, opened.members)
     facts |= {"device": computing, "rows_computed_before": _count_rows(known)}
-    facts |= {"granularity": granularity, "null": null}
+    facts |= {"granularity": granularity, "null": null, "leave_out_floored": leave_out_floored}
     facts["w0"] = manifest.w0 or ("dequantized" if opened.base.quantised else "as stored")
     facts["base"] = {
         "location": opened.base_location,
@@ -253,6 +259,7 @@ def compare(  # noqa: PLR0913 - all but the first have a default
         draws,
         vectors_table(measurements, opened.base.config) if vectors else None,
         found,
+        leave_out_floored,
     )
 
 
@@ -341,13 +348,15 @@ def plan(
     return readings(opened.base, opened.members, opened.pairings)
 
 
-def reopen(path: str | Path) -> Comparison:
+def reopen(path: str | Path, leave_out_floored: bool = False) -> Comparison:
     """Make a comparison from a saved table and what lies beside it, fitted and drawn again.
 
     Parameters
     ----------
     path : path
         ``table.parquet`` or ``table.csv`` of an earlier comparison, or its folder.
+    leave_out_floored : bool
+        Whether to leave rows under three times their floor out of the fits.
 
     Returns
     -------
@@ -368,6 +377,7 @@ def reopen(path: str | Path) -> Comparison:
         draws=read_draws(table, file.parent),
         vectors=read_vectors(file.parent),
         spectra=read_spectra(file.parent),
+        leave_out_floored=leave_out_floored,
     )
 
 

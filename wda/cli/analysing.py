@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wda.cli.app import WRITTEN, app, say
-from wda.cli.options import Alpha, Axis, Enabled, Initial, gather
+from wda.cli.options import Alpha, Axis, Enabled, Initial, LeaveOutFloored, gather
 
 
 @app.command()
@@ -89,6 +89,7 @@ def compare(
             "those of the same rank.",
         ),
     ] = "isotropic",
+    leave_out_floored: LeaveOutFloored = False,
     vectors: Annotated[
         bool, typer.Option("--vectors", help="Also write vectors.parquet: a row per vector.")
     ] = False,
@@ -231,6 +232,7 @@ def compare(
             null=None if null == "none" else null,  # type: ignore[arg-type]
             vectors=vectors,
             spectra=spectra,
+            leave_out_floored=leave_out_floored,
             progress=sys.stderr.isatty(),
         )
         if folder is not None:
@@ -331,6 +333,7 @@ def figures(
             "spectrum, null.",
         ),
     ] = "scatter",
+    leave_out_floored: LeaveOutFloored = False,
 ) -> None:
     """Fit and draw again from a saved table.
 
@@ -355,7 +358,7 @@ def figures(
             param_hint="--kind",
         )
     with staged_folder(out) as folder:
-        comparison = reopen(table)
+        comparison = reopen(table, leave_out_floored)
         comparison.write_tables(folder)
         drawn = draw(comparison.material, kinds, folder)
     show_statistics(comparison.statistics, as_json=False)

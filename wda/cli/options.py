@@ -33,6 +33,14 @@ Initial = Annotated[
     ),
 ]
 
+LeaveOutFloored = Annotated[
+    bool,
+    typer.Option(
+        "--leave-out-floored",
+        help="Leave rows under three times what rounding alone would give out of the fits.",
+    ),
+]
+
 
 def gather(
     alpha: float | None,

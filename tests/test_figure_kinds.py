@@ -164,6 +164,20 @@ def test_lines_close_to_each_other_have_names_apart() -> None:
     assert sorted(names, key=lambda name: names[name]) == ["one", "two", "three", "four"]
 
 
+@pytest.mark.parametrize("runs", [("lora", "dora"), ("ft", "lora", "dora")])
+def test_a_name_stands_at_the_end_of_its_line(runs: tuple[str, ...]) -> None:
+    table = made_table(runs=runs, matrices=("query",))
+    table.loc[table["layer"] == 5, "delta_m"] *= table["run"].map({"ft": 1, "lora": 1, "dora": 9})
+    ax = figures.profile(table)
+    ax.figure.draw_without_rendering()
+    ends = {line.get_label(): ax.transData.transform(line.get_xydata()[-1])[1] for line in ax.lines}
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert (box.y0 + box.y1) / 2 == pytest.approx(ends[text.get_text()], abs=4)
+        line = next(line for line in ax.lines if line.get_label() == text.get_text())
+        assert text.get_color() == line.get_color()
+
+
 def test_many_lines_have_a_legend() -> None:
     runs = tuple(f"run-{i}" for i in range(9))
     ax = figures.profile(made_table(runs=runs, matrices=("query",)))

@@ -124,12 +124,12 @@ def _checked(frame: pd.DataFrame, quantity: Change) -> pd.DataFrame:
 
 def _draw_boxes(ax: Axes, rows: pd.DataFrame, quantity: Change) -> None:
     known = rows.dropna(subset=[quantity])
-    layers = {int(str(layer)): of_layer[quantity] for layer, of_layer in known.groupby("layer")}
+    layers = sorted(int(layer) for layer in known["layer"].unique())
     thin = 0.7 if len(layers) <= 24 else 0.35
     dark = style.RUN_COLOURS[0]
     ax.boxplot(
-        list(layers.values()),
-        positions=list(layers),
+        [known.loc[known["layer"] == layer, quantity] for layer in layers],
+        positions=layers,
         whis=_WHISKERS,
         widths=0.6,
         showfliers=False,

@@ -81,8 +81,9 @@ def write_above(ax: Axes, text: str) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + (0.04 + 0.12 * len(lines)) * (high - low))
     written = ax.text(
-        0.03, 0.98, text, va="top", transform=ax.transAxes, fontsize=size, linespacing=1.25
-    )
+        0.03, 0.98, text, va="top", transform=ax.transAxes, fontsize=size, linespacing=1.25,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
     written.set_in_layout(False)  # a word too long may not squeeze the panel
 
 

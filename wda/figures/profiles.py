@@ -276,6 +276,7 @@ def _name_lines(ax: Axes, rows: pd.DataFrame, series: list[_Series]) -> None:
 
 def _last_height(ax: Axes, line: Line2D) -> float:
     """Give where a line ends, as a fraction of the Axes' height."""
+    ax.autoscale_view()  # else the transforms are still those of an empty Axes
     x, y = np.asarray(line.get_xydata(), float).T
     last = np.flatnonzero(np.isfinite(y))[-1]
     return float(ax.transAxes.inverted().transform(ax.transData.transform((x[last], y[last])))[1])

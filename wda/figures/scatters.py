@@ -123,8 +123,12 @@ def scatter_grid(
         A comparison's table.
     statistics : pandas.DataFrame
         Its fits.
-    interval, draws, floor
-        As for :func:`scatter`.
+    interval : bool
+        Whether to shade the slope's 95 % interval, as :func:`scatter` does.
+    draws : Draws, optional
+        Random updates, row by row as the table; where 95 % of their lines lie is hatched.
+    floor : bool
+        Whether to draw three times the largest floor of each panel, dotted.
     width : float
         Of the figure in inches, such as ``wda.style.NEURIPS_PAGE``.
 

@@ -158,6 +158,7 @@ def test_several_rows_of_a_layer_are_their_mean() -> None:
 def test_lines_close_to_each_other_have_names_apart() -> None:
     table = made_table(matrices=("query",), runs=("one", "two", "three", "four"))
     table["delta_m"] = 1.0 + 1e-3 * table["run"].map({"one": 0, "two": 1, "three": 2, "four": 3})
+    table.loc[table["layer"] == 0, "delta_m"] = 2.0  # so that the ends share a thousandth of it
     ax = figures.profile(table)
     assert untidy(ax.figure) == []
     names = {text.get_text(): text.get_window_extent().y0 for text in ax.texts}
@@ -261,6 +262,8 @@ def test_matrices_beside_each_other_are_those_of_the_last_step() -> None:
     ax = figures.heatmap(table, across="matrix")
     last = table[table["step"] == 700].pivot(index="layer", columns="matrix", values="delta_m")
     assert np.allclose(mesh_of(ax), last.to_numpy())
+    panel = figures.heatmap_grid(table, across="matrix").axes[0]
+    assert np.allclose(mesh_of(panel), last.to_numpy())
     assert [t.get_text() for t in ax.get_xticklabels()] == ["query", "value"]
 
 

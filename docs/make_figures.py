@@ -34,8 +34,7 @@ _COLOURS = 64
 
 def draw(folder: Path, out: Path) -> None:
     """Write a small picture of each kind of figure."""
-    comparison = reopen(folder)
-    material = figures.read_material(comparison.table, comparison.statistics, folder)
+    material = reopen(folder).material
     for kind, name in SHOWN.items():
         _save(dict(figures.KINDS[kind](material))[name], out / f"kind_{kind}.png")
     if material.draws is not None:

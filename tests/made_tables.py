@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from wda.draws import Draws
 from wda.figures import Material
+from wda.spectra import COLUMNS as SPECTRA_COLUMNS
 from wda.statistics import compute_statistics
 from wda.table import make_table
 
@@ -135,7 +136,9 @@ def made_spectra(table: pd.DataFrame, size: int = 64) -> tuple[pd.DataFrame, pd.
         share = update / update.sum()
         rank = float(np.exp(-(share * np.log(share)).sum()))
         summary.append({**row, "method": method, "effective_rank": rank})
-    return pd.concat(values, ignore_index=True).astype(_INTS), pd.DataFrame(summary).astype(_INTS)
+    # Whatever else a summary tells is in no figure.
+    told = pd.DataFrame(summary).reindex(columns=list(SPECTRA_COLUMNS), fill_value=0)
+    return pd.concat(values, ignore_index=True).astype(_INTS), told.astype(_INTS)
 
 
 def made_material(table: pd.DataFrame) -> Material:

@@ -8,7 +8,7 @@ comparison wrote, as ``wda figures --kind`` does.
 from wda.figures.distributions import vectors, vectors_grid
 from wda.figures.heatmaps import heatmap, heatmap_grid
 from wda.figures.kinds import KINDS, draw
-from wda.figures.material import Material, read_material
+from wda.figures.material import Material
 from wda.figures.nulls import null, null_grid
 from wda.figures.panels import X_LABEL, Y_LABEL, save
 from wda.figures.profiles import effective_rank_grid, profile, profile_grid
@@ -29,7 +29,6 @@ __all__ = [
     "null_grid",
     "profile",
     "profile_grid",
-    "read_material",
     "save",
     "scatter",
     "scatter_grid",

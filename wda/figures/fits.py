@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from wda import style
 from wda.draws import Draws
 from wda.errors import TableError
+from wda.statistics.nulls import fit_columns
 
 # More points than this on one Axes are drawn small, and the line above them.
 CROWD = 400
@@ -116,9 +117,9 @@ def draw_interval(ax: Axes, points: pd.DataFrame, fit: pd.Series, colour: Any) -
     known = points[["delta_d", "delta_m"]].dropna()
     x = np.linspace(known["delta_d"].min(), known["delta_d"].max(), 3)
     x[1] = known["delta_d"].mean()
-    lines = known["delta_m"].mean() + ends[:, None] * (x - x[1])
+    edges = known["delta_m"].mean() + ends[:, None] * (x - x[1])
     ax.fill_between(
-        x, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, lw=0, zorder=1.2
+        x, edges.min(axis=0), edges.max(axis=0), color=colour, alpha=0.18, lw=0, zorder=1.2
     )
 
 
@@ -128,17 +129,13 @@ def fits_of(draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns
     -------
     tuple of numpy.ndarray
-        r, slope and intercept, one number per draw; NaN where a draw has none.
+        r, slope and intercept, one number per draw; NaN where a draw has none. Rows without
+        direction are left out.
     """
-    known = np.isfinite(draws.delta_d) & np.isfinite(draws.delta_m)
-    x, y = (np.where(known, values, np.nan) for values in (draws.delta_d, draws.delta_m))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        n = known.sum(axis=0)
-        x_mean, y_mean = np.nansum(x, axis=0) / n, np.nansum(y, axis=0) / n
-        dx, dy = x - x_mean, y - y_mean
-        xx, yy, xy = (np.nansum(product, axis=0) for product in (dx * dx, dy * dy, dx * dy))
-        slope = xy / xx
-        return xy / np.sqrt(xx * yy), slope, y_mean - slope * x_mean
+    known = np.isfinite(draws.delta_d).all(axis=1)
+    x, y = draws.delta_d[known], draws.delta_m[known]
+    r, slope = fit_columns(x, y)
+    return r, slope, y.mean(axis=0) - slope * x.mean(axis=0)
 
 
 def draw_null(ax: Axes, draws: Draws) -> None:
@@ -148,8 +145,8 @@ def draw_null(ax: Axes, draws: Draws) -> None:
     if not known.any():
         return
     x = np.linspace(np.nanmin(draws.delta_d), np.nanmax(draws.delta_d), 40)
-    lines = intercept[known, None] + slope[known, None] * x
-    low, high = np.quantile(lines, _QUANTILES, axis=0)
+    heights = intercept[known, None] + slope[known, None] * x
+    low, high = np.quantile(heights, _QUANTILES, axis=0)
     ax.fill_between(
         x, low, high, facecolor="none", edgecolor=style.BAND_COLOUR, hatch="//////", lw=0.5,
         zorder=1.1,

@@ -28,7 +28,7 @@ def null_band(draws: Draws, r: float, slope: float) -> dict[str, object]:
         draws, so that they are never 0: twice (k + 1)/(draws + 1), at most 1, where k draws lie as
         far out on the same side (Phipson and Smyth 2010).
     """
-    of_r, of_slope = lines(draws.delta_d, draws.delta_m)
+    of_r, of_slope = fit_columns(draws.delta_d, draws.delta_m)
     names = np.unique(draws.null)
     row: dict[str, object] = {"null": names[0] if len(names) == 1 else SEVERAL}
     for name, p, measured, drawn in (
@@ -40,7 +40,7 @@ def null_band(draws: Draws, r: float, slope: float) -> dict[str, object]:
     return row
 
 
-def lines(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_columns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give r and slope of every column: (points, draws) → (draws,) each."""
     parts = [
         _line(x[:, i : i + _BATCH], y[:, i : i + _BATCH]) for i in range(0, x.shape[1], _BATCH)

@@ -29,6 +29,7 @@ from rich.console import Console
 
 import wda
 from wda import style
+from wda.changes import Vectors
 from wda.checkpoints import open_base
 from wda.manifest import make_manifest
 from wda.pairing import pair
@@ -56,7 +57,7 @@ def engine_alone(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
     members = open_runs(make_manifest(checkpoints).runs)
     opened = open_base(base)
     pairings, _ = pair(opened, members, ["query", "value"])
-    return lambda: measure(opened, pairings, "output", Work())
+    return lambda: measure(opened, pairings, Vectors("output"), Work())
 
 
 def compared(base: Path, checkpoints: list[Path]) -> Callable[[], object]:
@@ -164,7 +165,7 @@ def growth(folder: Path) -> pd.DataFrame:
             (
                 "matrices, dense, 4 checkpoints",
                 n,
-                lambda opened=opened, part=part: measure(opened, part, "output", Work()),
+                lambda opened=opened, part=part: measure(opened, part, Vectors("output"), Work()),
             )
         )
     for what, size, way in cases:

@@ -20,7 +20,7 @@ from wda.report.pictures import within
 from wda.table import check_table
 
 # Letters that all static figures together may take: with plotly's script the page keeps under 8 MB.
-_MOST_OF_FIGURES = 1_200_000
+_MOST_OF_FIGURES = 2_400_000
 
 # Pixels of the page to an inch of a figure, whose letters are small for a screen.
 _SCREEN = 125

@@ -189,7 +189,8 @@ def test_two_processes_share_a_cache(tmp_path: Path, base: Path) -> None:
     kept = wda.compare(folders, base=base, cache=tmp_path / "c", progress=False)
     assert kept.provenance["rows_computed_before"] == 48
     fresh = wda.compare(folders, base=base, cache=False, progress=False)
-    pd.testing.assert_frame_equal(kept.table, fresh.table, check_exact=True)
+    # Some processors sum two checkpoints at a time in another order than one alone.
+    pd.testing.assert_frame_equal(kept.table, fresh.table, check_exact=False, rtol=1e-12)
 
 
 def test_threads_may_compare_at_once(tmp_path: Path, runs: dict[str, Path], base: Path) -> None:

@@ -509,7 +509,8 @@ def test_peft_merges_what_has_no_reader(name: str, tmp_path: Path) -> None:
     agree(comparison.table, base, truth, "output")
     (checkpoint,) = comparison.provenance["checkpoints"]
     assert checkpoint["layout"] == "PEFT adapter, merged by peft itself"
-    assert comparison.notes == ()
+    # HRA turns vectors and leaves their lengths: its ΔM is rounding.
+    assert [note for note in comparison.notes if "below_floor" not in note] == []
 
 
 def test_a_bias_beside_what_peft_merges_is_named(tmp_path: Path) -> None:

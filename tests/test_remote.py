@@ -489,7 +489,7 @@ def test_secrets_of_an_address_are_sent_but_written_nowhere(
     assert set(handler.authorized) == {"Basic bWU6aGlkZGVuIQ=="}  # me:hidden!
     texts = [file.read_bytes() for file in out.iterdir()]
     shown = "".join([done.stdout, done.stderr, told.stdout, told.stderr])
-    assert len(texts) == 6
+    assert len(texts) == 8
     assert not any(b"hidden" in text for text in [*texts, shown.encode()])
     facts = json.loads((out / "provenance.json").read_text())
     assert facts["base"]["location"] == f"{address}/base"
@@ -636,7 +636,7 @@ def test_a_file_of_the_bucket_that_changes_while_it_is_read(
 ) -> None:
     import boto3
 
-    from wda import comparison
+    from wda import opening
 
     _, name = bucket
     ft = save_model(tmp_path / "ft", moved(pico_weights(), 0.02, seed=1))
@@ -644,14 +644,14 @@ def test_a_file_of_the_bucket_that_changes_while_it_is_read(
     place = locate(f"s3://{name}/base") / WEIGHTS
     whole = place.read(0, 500)  # type: ignore[attr-defined]
     assert whole == (base / WEIGHTS).read_bytes()[:500]
-    pair = comparison.pair
+    pair = opening.pair
 
     def overwrite(*opened: object) -> object:
         paired = pair(*opened)  # type: ignore[arg-type]
         upload(ft, name, "base")  # as many bytes, all of the same names
         return paired
 
-    monkeypatch.setattr(comparison, "pair", overwrite)
+    monkeypatch.setattr(opening, "pair", overwrite)
     why = rf"s3://{name}/base/{WEIGHTS}: changed while it was read; compare again"
     with pytest.raises(LocationError, match=why):
         table(ft, base=f"s3://{name}/base")
@@ -860,16 +860,16 @@ def test_a_hub_that_asks_for_a_login(hub: type[Hub], base: Path, status: int) ->
 
 def vanishing(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     """Take a file away between its header and its tensors."""
-    from wda import comparison
+    from wda import opening
 
-    pair = comparison.pair
+    pair = opening.pair
 
     def pair_and_delete(*opened: object) -> object:
         paired = pair(*opened)  # type: ignore[arg-type]
         file.unlink()
         return paired
 
-    monkeypatch.setattr(comparison, "pair", pair_and_delete)
+    monkeypatch.setattr(opening, "pair", pair_and_delete)
 
 
 @pytest.mark.parametrize("location", ["hf://org/pico", "{address}"])

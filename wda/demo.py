@@ -127,7 +127,9 @@ def _train(recipe: Recipe, folder: Path, fresh: bool, progress: bool) -> Trainin
 def _beside_paper(statistics: pd.DataFrame) -> pd.DataFrame:
     """Put the paper's correlation beside ours, where it gives one: for the query matrices."""
     is_query = statistics["matrix"] == "query"
-    return statistics.assign(paper_r=statistics["method"].map(PAPER_R).astype(float).where(is_query))
+    return statistics.assign(
+        paper_r=statistics["method"].map(PAPER_R).astype(float).where(is_query)
+    )
 
 
 def _training_line(method: str, recipe: Recipe, result: TrainingResult) -> str:

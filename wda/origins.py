@@ -137,7 +137,7 @@ def _quantised_model(adapter: Adapter) -> str | None:
     """Name the quantised model that an adapter says it was trained on."""
     if adapter.quantised:
         return f"the {adapter.quantised} weights that lie beside its factors"
-    named = adapter.given.trained_on or adapter.base or ""
+    named = str(adapter.given.trained_on or adapter.base or "")
     here = Path(named)
     if here.exists():
         return f"the quantised {shown(named)}" if Found(here).quantisation() else None

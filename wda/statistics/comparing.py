@@ -169,12 +169,14 @@ def _differences(
             f"{len(layers)} layers in common, fewer than the {FEWEST_LAYERS} that an interval takes"
         )
     both = zip(*(found.estimates for found in measured), strict=True)
-    for name, (one, other) in zip(("r", "slope"), both, strict=True):
+    # Two r are no further apart than 2, and a resample of few layers does not know that.
+    for name, most, (one, other) in zip(("r", "slope"), (2, np.inf), both, strict=True):
         value, ends = difference(one, other)
+        low, high = np.clip(ends, -most, most)
         row |= {
             f"{name}_difference": value,
-            f"{name}_difference_low": ends.low,
-            f"{name}_difference_high": ends.high,
+            f"{name}_difference_low": float(low),
+            f"{name}_difference_high": float(high),
         }
         if np.isnan(value):
             notes.append("ΔM of one is the same at all points")

@@ -18,7 +18,7 @@ RESAMPLES = 1999
 FEWEST_LAYERS = 5  # that an interval takes
 _SEED = 20240214
 # Resamples of fewer different layers or runs say nothing of how different they are.
-_DIFFERENT_LAYERS, _DIFFERENT_RUNS = 3, 2
+_DIFFERENT_LAYERS, _DIFFERENT_RUNS = 4, 2
 _BATCH = 500  # resamples at a time, to bound the memory
 
 

@@ -158,8 +158,14 @@ def show_errors(errors: Mapping[str, float]) -> None:
 def _with_ends(row: Mapping[Hashable, Any], name: str) -> str:
     """Write a correlation with its interval; nothing where there is none."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    ends = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-    return "" if math.isnan(row[name]) else f"{row[name]:+.2f}{ends}"
+    ends = "" if math.isnan(low) else f" [{_r(low)}, {_r(high)}]"
+    return "" if math.isnan(row[name]) else f"{_r(row[name])}{ends}"
+
+
+def _r(value: float) -> str:
+    from wda.statistics import correlation  # noqa: PLC0415 - pandas is slow to import
+
+    return correlation(value)
 
 
 def _alone(row: Mapping[Hashable, Any], name: str, digits: str) -> str:
@@ -167,9 +173,13 @@ def _alone(row: Mapping[Hashable, Any], name: str, digits: str) -> str:
     return "" if math.isnan(value) else f"{value:{digits}}"
 
 
+def _lone_r(row: Mapping[Hashable, Any], name: str) -> str:
+    return "" if math.isnan(row[name]) else _r(row[name])
+
+
 def _band(row: Mapping[Hashable, Any]) -> str:
     low, high = row["null_r_low"], row["null_r_high"]
-    return "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+    return "" if math.isnan(low) else f"{_r(low)} to {_r(high)}"
 
 
 # What a person is shown of the numbers, and how; a column that would be empty is left out.
@@ -178,6 +188,6 @@ _SHOWN: dict[str, Callable[[Mapping[Hashable, Any]], str]] = {
     "paper_r": lambda row: _alone(row, "paper_r", "+.2f"),
     "random r": _band,
     "slope": lambda row: _alone(row, "slope", "+.3g"),
-    "within layers": lambda row: _alone(row, "within_layer_r", "+.2f"),
-    "between layers": lambda row: _alone(row, "between_layer_r", "+.2f"),
+    "within layers": lambda row: _lone_r(row, "within_layer_r"),
+    "between layers": lambda row: _lone_r(row, "between_layer_r"),
 }

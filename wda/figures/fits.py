@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from wda import style
 from wda.draws import Draws
 from wda.errors import TableError
+from wda.statistics import correlation as written
 from wda.statistics.nulls import fit_columns
 
 # More points than this on one Axes are drawn small, and the line above them.
@@ -47,17 +48,22 @@ def number(fit: pd.Series, name: str) -> float:
     return np.nan if value is None or pd.isna(value) else float(value)
 
 
-def interval(fit: pd.Series, low: str, high: str, form: str) -> str:
-    """Put an interval in words; nothing where there is none."""
+def interval(fit: pd.Series, low: str, high: str) -> str:
+    """Put an interval of r in words; nothing where there is none."""
     ends = number(fit, low), number(fit, high)
     if not np.isfinite(ends).all():
         return ""
-    return f" [{signed(ends[0], form)}, {signed(ends[1], form)}]"
+    return f" [{correlation(ends[0])}, {correlation(ends[1])}]"
 
 
 def signed(value: float, form: str) -> str:
     """Write a number with its sign, a minus being one."""
     return f"{value:+{form}}".replace("-", "−")
+
+
+def correlation(r: float) -> str:
+    """Write a correlation with its sign."""
+    return written(r).replace("-", "−")
 
 
 def words_of(fit: pd.Series) -> str:
@@ -66,10 +72,10 @@ def words_of(fit: pd.Series) -> str:
     if not np.isfinite(r):
         return f"no r from n = {fit['n']}"
     lines = [
-        f"r = {signed(r, '.2f')}" + interval(fit, "pearson_r_low", "pearson_r_high", ".2f"),
+        f"r = {correlation(r)}" + interval(fit, "pearson_r_low", "pearson_r_high"),
         f"slope = {signed(slope, '.3g')}",
     ]
-    if random := interval(fit, "null_r_low", "null_r_high", ".2f"):
+    if random := interval(fit, "null_r_low", "null_r_high"):
         lines.append(f"random:{random}")
     return "\n".join(lines)
 

@@ -7,10 +7,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from wda import style
 from wda.draws import Draws
-from wda.figures.fits import fit_of, fits_of, interval, number, signed, write_above
+from wda.figures.fits import correlation, fit_of, fits_of, interval, number, write_above
 from wda.figures.panels import checked, grid_of_runs, label_of, new_axes, numbered, only, say
 
 _NEEDED = ("delta_d", "delta_m")
@@ -112,8 +113,11 @@ def _draw_null(ax: Axes, fit: pd.Series, draws: Draws) -> None:
     if np.isfinite(band).all():
         ax.fill_between(band, 0, top, color=style.BAND_COLOUR, alpha=0.3, lw=0, zorder=0.5)
     r = number(fit, "pearson_r")
+    # Draws far from what was measured may all fall into one thin bin.
+    ax.vlines(np.median(random), 0, top, color=style.RUN_COLOURS[4], lw=1, zorder=0.8)
     if np.isfinite(r):
         ax.vlines(r, 0, top, color=style.RUN_COLOURS[2], lw=1.4)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_ylim(0, top)
     _write(ax, fit, r, draws)
 
@@ -121,8 +125,8 @@ def _draw_null(ax: Axes, fit: pd.Series, draws: Draws) -> None:
 def _write(ax: Axes, fit: pd.Series, r: float, draws: Draws) -> None:
     """Say measured r, band and p above the histogram."""
     kinds = np.unique(draws.null)
-    lines = [f"measured r = {signed(r, '.2f')}" if np.isfinite(r) else "no measured r"]
-    if band := interval(fit, "null_r_low", "null_r_high", ".2f"):
+    lines = [f"measured r = {correlation(r)}" if np.isfinite(r) else "no measured r"]
+    if band := interval(fit, "null_r_low", "null_r_high"):
         lines.append(f"{kinds[0] if len(kinds) == 1 else 'random'}:{band}")
     p = number(fit, "null_p")
     if np.isfinite(p):

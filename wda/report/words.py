@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from wda import style
+from wda.statistics import correlation as written
 
 NOTHING = "–"
 
@@ -95,8 +96,8 @@ def vectors(row: Row) -> str:
 
 
 def correlation(value: float) -> str:
-    """Give a correlation with its sign and two decimals."""
-    return _minus(f"{value:+.2f}")
+    """Give a correlation with its sign."""
+    return _minus(written(value))
 
 
 def significant(value: float) -> str:

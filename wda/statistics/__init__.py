@@ -4,6 +4,7 @@ from wda.statistics.columns import ALL, COLUMNS, COMPARISON_COLUMNS, ESTIMATES
 from wda.statistics.comparing import compare_methods
 from wda.statistics.fitting import compute_statistics
 from wda.statistics.lines import Fit, fit_line
+from wda.statistics.readings import correlation
 
 __all__ = [
     "ALL",
@@ -13,5 +14,6 @@ __all__ = [
     "Fit",
     "compare_methods",
     "compute_statistics",
+    "correlation",
     "fit_line",
 ]

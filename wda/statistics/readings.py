@@ -46,7 +46,7 @@ def _chance(row: Row) -> str:
         return " is not set beside random updates"
     r, low, high = (_float(row[name]) for name in ("pearson_r", "null_r_low", "null_r_high"))
     band = (
-        f"the band of {row['null']} random updates, {low:+.2f} to {high:+.2f} "
+        f"the band of {row['null']} random updates, {correlation(low)} to {correlation(high)} "
         f"(p {_float(row['null_p']):.2g})"
     )
     if low <= r <= high:
@@ -90,8 +90,14 @@ def _ends(row: Row, name: str) -> str:
     return f" [{_signed(row[f'{name}_low'])}, {_signed(row[f'{name}_high'])}]"
 
 
+def correlation(r: float) -> str:
+    """Write a correlation: two decimals, or four where two would make it 1 and it is not."""
+    finer = f"{r:+.4f}"
+    return finer if abs(r) >= 0.995 and abs(float(finer)) < 1 else f"{r:+.2f}"
+
+
 def _signed(value: object) -> str:
-    return f"{_float(value):+.2f}"
+    return correlation(_float(value))
 
 
 def _number(n: int, what: str) -> str:

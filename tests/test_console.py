@@ -10,7 +10,7 @@ from clouds import Population, table_of_clouds
 
 from wda.console import show_statistics
 from wda.draws import Draws
-from wda.statistics import COLUMNS, compute_statistics
+from wda.statistics import COLUMNS, compute_statistics, correlation, ends
 
 
 def table(layers: int = 6) -> object:
@@ -66,3 +66,19 @@ def test_a_program_gets_every_column(capsys: pytest.CaptureFixture[str]) -> None
     assert [list(row) for row in rows] == [list(COLUMNS)] * len(statistics)
     assert rows[0]["pearson_r_low"] == pytest.approx(statistics["pearson_r_low"].iloc[0], rel=1e-14)
     assert rows[-1]["run"] is None
+
+
+@pytest.mark.parametrize(
+    ("r", "written"),
+    [
+        *((0.834, "+0.83"), (0.9949, "+0.99"), (0.9990, "+0.9990"), (-0.99897, "-0.9990")),
+        *((1.0, "+1.00"), (0.99999, "+1.00"), (1.09, "+1.09")),
+    ],
+)
+def test_an_r_near_one_is_written_finer(r: float, written: str) -> None:
+    assert correlation(r) == written
+
+
+def test_ends_of_an_interval_are_written_alike() -> None:
+    assert ends(-0.9985, 0.99) == ("-1.00", "+0.99")
+    assert ends(0.9994, 0.99991) == ("+0.9994", "+0.9999")

@@ -158,8 +158,8 @@ def show_errors(errors: Mapping[str, float]) -> None:
 def _with_ends(row: Mapping[Hashable, Any], name: str) -> str:
     """Write a correlation with its interval; nothing where there is none."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    ends = "" if math.isnan(low) else f" [{_r(low)}, {_r(high)}]"
-    return "" if math.isnan(row[name]) else f"{_r(row[name])}{ends}"
+    around = "" if math.isnan(low) else f" [{_ends(low, high, ', ')}]"
+    return "" if math.isnan(row[name]) else f"{_r(row[name])}{around}"
 
 
 def _r(value: float) -> str:
@@ -173,13 +173,19 @@ def _alone(row: Mapping[Hashable, Any], name: str, digits: str) -> str:
     return "" if math.isnan(value) else f"{value:{digits}}"
 
 
+def _ends(low: float, high: float, between: str) -> str:
+    from wda.statistics import ends  # noqa: PLC0415 - pandas is slow to import
+
+    return between.join(ends(low, high))
+
+
 def _lone_r(row: Mapping[Hashable, Any], name: str) -> str:
     return "" if math.isnan(row[name]) else _r(row[name])
 
 
 def _band(row: Mapping[Hashable, Any]) -> str:
     low, high = row["null_r_low"], row["null_r_high"]
-    return "" if math.isnan(low) else f"{_r(low)} to {_r(high)}"
+    return "" if math.isnan(low) else _ends(low, high, " to ")
 
 
 # What a person is shown of the numbers, and how; a column that would be empty is left out.

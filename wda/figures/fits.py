@@ -13,6 +13,7 @@ from wda import style
 from wda.draws import Draws
 from wda.errors import TableError
 from wda.statistics import correlation as written
+from wda.statistics import ends
 from wda.statistics.nulls import fit_columns
 
 # More points than this on one Axes are drawn small, and the line above them.
@@ -50,10 +51,10 @@ def number(fit: pd.Series, name: str) -> float:
 
 def interval(fit: pd.Series, low: str, high: str) -> str:
     """Put an interval of r in words; nothing where there is none."""
-    ends = number(fit, low), number(fit, high)
-    if not np.isfinite(ends).all():
+    numbers = number(fit, low), number(fit, high)
+    if not np.isfinite(numbers).all():
         return ""
-    return f" [{correlation(ends[0])}, {correlation(ends[1])}]"
+    return f" [{', '.join(ends(*numbers))}]".replace("-", "−")
 
 
 def signed(value: float, form: str) -> str:

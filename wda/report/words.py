@@ -10,6 +10,7 @@ import pandas as pd
 
 from wda import style
 from wda.statistics import correlation as written
+from wda.statistics import ends
 
 NOTHING = "–"
 
@@ -110,12 +111,15 @@ def estimate(row: Row, name: str, write: Callable[[float], str] = correlation) -
     value, low, high = (row.get(key, math.nan) for key in (name, f"{name}_low", f"{name}_high"))
     if _missing(value):
         return NOTHING
-    return write(value) if _missing(low) else f"{write(value)} [{write(low)}, {write(high)}]"
+    if _missing(low):
+        return write(value)
+    around = ends(low, high) if write is correlation else (write(low), write(high))
+    return f"{write(value)} [{', '.join(map(_minus, around))}]"
 
 
 def _band(row: Row) -> str:
     low, high = (row.get(f"null_r_{end}", math.nan) for end in ("low", "high"))
-    return NOTHING if _missing(low) else f"{correlation(low)} to {correlation(high)}"
+    return NOTHING if _missing(low) else " to ".join(map(_minus, ends(low, high)))
 
 
 def _p_value(p: Any) -> str:

@@ -4,7 +4,7 @@ from wda.statistics.columns import ALL, COLUMNS, COMPARISON_COLUMNS, ESTIMATES
 from wda.statistics.comparing import compare_methods
 from wda.statistics.fitting import compute_statistics
 from wda.statistics.lines import Fit, fit_line
-from wda.statistics.readings import correlation
+from wda.statistics.readings import correlation, ends
 
 __all__ = [
     "ALL",
@@ -15,5 +15,6 @@ __all__ = [
     "compare_methods",
     "compute_statistics",
     "correlation",
+    "ends",
     "fit_line",
 ]

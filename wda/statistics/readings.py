@@ -46,7 +46,7 @@ def _chance(row: Row) -> str:
         return " is not set beside random updates"
     r, low, high = (_float(row[name]) for name in ("pearson_r", "null_r_low", "null_r_high"))
     band = (
-        f"the band of {row['null']} random updates, {correlation(low)} to {correlation(high)} "
+        f"the band of {row['null']} random updates, {' to '.join(ends(low, high))} "
         f"(p {_float(row['null_p']):.2g})"
     )
     if low <= r <= high:
@@ -87,13 +87,21 @@ def _spans_zero(row: Row, name: str) -> bool:
 def _ends(row: Row, name: str) -> str:
     if _missing(row, f"{name}_low"):
         return ""
-    return f" [{_signed(row[f'{name}_low'])}, {_signed(row[f'{name}_high'])}]"
+    low, high = (_float(row[f"{name}_{end}"]) for end in ("low", "high"))
+    return f" [{', '.join(ends(low, high))}]"
 
 
 def correlation(r: float) -> str:
     """Write a correlation: two decimals, or four where two would make it 1 and it is not."""
     finer = f"{r:+.4f}"
     return finer if abs(r) >= 0.995 and abs(float(finer)) < 1 else f"{r:+.2f}"
+
+
+def ends(low: float, high: float) -> tuple[str, str]:
+    """Write the ends of an interval of a correlation, with four decimals where both are near 1."""
+    if min(abs(low), abs(high)) >= 0.995:
+        return correlation(low), correlation(high)
+    return f"{low:+.2f}", f"{high:+.2f}"
 
 
 def _signed(value: object) -> str:

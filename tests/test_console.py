@@ -81,4 +81,5 @@ def test_an_r_near_one_is_written_finer(r: float, written: str) -> None:
 
 def test_ends_of_an_interval_are_written_alike() -> None:
     assert ends(-0.9985, 0.99) == ("-1.00", "+0.99")
+    assert ends(-0.9999, 0.9999) == ("-1.00", "+1.00")
     assert ends(0.9994, 0.99991) == ("+0.9994", "+0.9999")

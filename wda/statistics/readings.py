@@ -99,7 +99,7 @@ def correlation(r: float) -> str:
 
 def ends(low: float, high: float) -> tuple[str, str]:
     """Write the ends of an interval of a correlation, with four decimals where both are near 1."""
-    if min(abs(low), abs(high)) >= 0.995:
+    if low * high > 0 and min(abs(low), abs(high)) >= 0.995:
         return correlation(low), correlation(high)
     return f"{low:+.2f}", f"{high:+.2f}"
 

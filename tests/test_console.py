@@ -28,8 +28,8 @@ def test_a_person_sees_r_with_its_interval_and_the_readings(
     statistics = compute_statistics(points, draws)
     show_statistics(statistics, as_json=False)
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines()[:7])) <= 120
-    for _, row in statistics.iterrows():
+    assert max(map(len, printed.splitlines()[:4])) <= 120
+    for _, row in statistics[statistics["matrix"] != "all"].iterrows():
         r = f"{row['pearson_r']:+.2f} [{row['pearson_r_low']:+.2f}, {row['pearson_r_high']:+.2f}]"
         band = f"{row['null_r_low']:+.2f} to {row['null_r_high']:+.2f}"
         (line,) = {
@@ -83,3 +83,13 @@ def test_ends_of_an_interval_are_written_alike() -> None:
     assert ends(-0.9985, 0.99) == ("-1.00", "+0.99")
     assert ends(-0.9999, 0.9999) == ("-1.00", "+1.00")
     assert ends(0.9994, 0.99991) == ("+0.9994", "+0.9999")
+
+
+def test_of_one_label_all_of_them_are_not_told_again(capsys: pytest.CaptureFixture[str]) -> None:
+    cloud = Population().draw(6, np.random.default_rng(0))
+    one = {("lora", "lora", "query"): cloud}
+    show_statistics(compute_statistics(table_of_clouds(one)), as_json=False)
+    assert "all" not in capsys.readouterr().out
+    two = one | {("lora", "lora", "value"): cloud}
+    show_statistics(compute_statistics(table_of_clouds(two)), as_json=False)
+    assert "lora, all: r" in capsys.readouterr().out

@@ -34,7 +34,10 @@ def show_statistics(statistics: pd.DataFrame, as_json: bool) -> None:
     # The axis and granularity of the vectors are told where there are several.
     several = [c for c in ("per", "granularity") if statistics[c].nunique(dropna=False) > 1]
     words = ["run", "method", "matrix", *several]
-    rows = statistics.to_dict("records")
+    # Of one label alone, all of them say the same again.
+    labels = statistics.groupby(["run", "method", *several], dropna=False)["matrix"]
+    alone = (statistics["matrix"] == "all") & (labels.transform("size") == 2)
+    rows = statistics[~alone].to_dict("records")
     numbers = [name for name, show in _SHOWN.items() if any(map(show, rows))]
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in (*words, "n", *numbers):

@@ -376,7 +376,8 @@ def test_the_measured_r_stands_among_the_random_ones() -> None:
     edges = [bar.get_x() for bar in ax.patches]
     assert min(edges) == pytest.approx(fits_of(draws)[0].min())
     fit = statistics.iloc[0]
-    band, line = ax.collections
+    band, middle, line = ax.collections
+    assert middle.get_segments()[0][0, 0] == np.median(fits_of(draws)[0])
     assert line.get_segments()[0][0, 0] == fit["pearson_r"]
     corners = band.get_paths()[0].vertices[:, 0]
     assert (corners.min(), corners.max()) == (0.83, 0.95)
@@ -389,7 +390,7 @@ def test_a_null_without_band_or_p_is_still_drawn() -> None:
     table = made_table(runs=("dora",), matrices=("query",))
     bare = made_statistics(table)[["run", "matrix", "pearson_r", "slope", "intercept", "n"]]
     ax = figures.null(table, bare, made_draws(table))
-    assert len(ax.collections) == 1  # the measured r
+    assert len(ax.collections) == 2  # the middle of the draws, and the measured r
     assert "\n" not in ax.texts[0].get_text()
 
 

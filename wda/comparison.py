@@ -23,15 +23,14 @@ from wda.engine import usable_device
 from wda.errors import ManifestError
 from wda.files import describe, staged_folder
 from wda.filling import table_rows, vectors_table
-from wda.manifest import W0, Manifest, make_manifest
+from wda.manifest import W0, make_manifest
 from wda.notes import cache_notes, doubtful_rows, headless_notes
 from wda.nulls import NULLS, Null, draw
-from wda.opening import Opened, open_all
+from wda.opening import Opened, open_all, provenance_of
 from wda.plan import Reading, readings
 from wda.progress import progress_bar
 from wda.provenance import provenance
 from wda.report import notebook_html
-from wda.runs import Member
 from wda.schedule import DEFAULT_MEMORY, Measurement, Work, measure
 from wda.spectra import measure_spectra, read_spectra, saturation_notes, write_spectra
 from wda.statistics import compare_methods, compute_statistics
@@ -237,15 +236,9 @@ def compare(  # noqa: PLR0913 - all but the first have a default
         draws = _draws(opened, measurements, null, bar)
         found = _spectra(opened, bar) if spectra else None
     table = make_table(row for measurement in measurements for row in table_rows(measurement))
-    facts = _facts(manifest, opened.members)
+    facts = provenance_of(manifest, opened)
     facts |= {"device": computing, "rows_computed_before": _count_rows(known)}
     facts |= {"granularity": granularity, "null": null, "leave_out_floored": leave_out_floored}
-    facts["w0"] = manifest.w0 or ("dequantized" if opened.base.quantised else "as stored")
-    facts["base"] = {
-        "location": opened.base_location,
-        "quantised": opened.base.quantised,
-        "files": describe(opened.base.files),
-    }
     return Comparison(
         table,
         provenance(**facts),
@@ -379,25 +372,3 @@ def reopen(path: str | Path, leave_out_floored: bool = False) -> Comparison:
         spectra=read_spectra(file.parent),
         leave_out_floored=leave_out_floored,
     )
-
-
-def _facts(manifest: Manifest, members: Sequence[Member]) -> dict[str, object]:
-    return {
-        "per": manifest.per,
-        "matrices": manifest.matrices,
-        "checkpoints": [
-            {
-                "run": member.run,
-                "method": member.method,
-                "seed": member.seed,
-                "step": member.step,
-                "layout": member.checkpoint.layout,
-                "path": str(member.checkpoint.path),
-                "files": [
-                    {"file": file.name, "bytes": file.stat().st_size}
-                    for file in member.checkpoint.files
-                ],
-            }
-            for member in members
-        ],
-    }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.progress import Progress
 
 from wda.checkpoints import FullCheckpoint, open_named_base
+from wda.files import describe
 from wda.manifest import Manifest
 from wda.origins import notes_on_origins, on_what_they_were_trained
 from wda.pairing import Pairing, pair
@@ -68,3 +69,32 @@ def open_all(manifest: Manifest, bar: Progress) -> Opened:
     pairings, notes = pair(base, members, manifest.matrices)
     bar.update(task, note="")
     return Opened(shown(location), base, members, pairings, [*doubts, *notes])
+
+
+def provenance_of(manifest: Manifest, opened: Opened) -> dict[str, object]:
+    """Tell what a comparison is of: choices, checkpoints and base, with their files."""
+    return {
+        "per": manifest.per,
+        "matrices": manifest.matrices,
+        "checkpoints": [
+            {
+                "run": member.run,
+                "method": member.method,
+                "seed": member.seed,
+                "step": member.step,
+                "layout": member.checkpoint.layout,
+                "path": str(member.checkpoint.path),
+                "files": [
+                    {"file": file.name, "bytes": file.stat().st_size}
+                    for file in member.checkpoint.files
+                ],
+            }
+            for member in opened.members
+        ],
+        "w0": manifest.w0 or ("dequantized" if opened.base.quantised else "as stored"),
+        "base": {
+            "location": opened.base_location,
+            "quantised": opened.base.quantised,
+            "files": describe(opened.base.files),
+        },
+    }

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wda.adapters.kept import Kept
 from wda.adapters.lora import LoRALinear
 from wda.updates import inner_products
 
@@ -14,7 +15,7 @@ class DoRALinear(LoRALinear):
     """A linear layer whose weight is trained as magnitude and low-rank direction.
 
     m starts at ‖W0‖, one number per output feature, so that the layer starts as the one it wraps,
-    to the last bit.
+    to the last bit. It is float32 where W0 is less precise.
 
     Parameters
     ----------
@@ -34,8 +35,7 @@ class DoRALinear(LoRALinear):
     ) -> None:
         super().__init__(base, rank, scaling)
         self.full_gradient = full_gradient
-        self._squared_norm = torch.empty(0)
-        self._squared_norm_of: tuple[torch.dtype, torch.device, int] | None = None
+        self._squared_norm = Kept()
         self.magnitude = nn.Parameter(self.direction_norm().detach())
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
@@ -44,11 +44,17 @@ class DoRALinear(LoRALinear):
         κ = m/‖V‖ stays near 1; adding (κ − 1)·W0·x to the frozen layer's own output keeps digits
         in half precision that κ·(W0·x + …) would lose, and changes no bit while κ is 1.
         """
-        scale = self.magnitude / self.direction_norm()
+        scale = self.scale()
         out, bias = self.base_layer(x), self.base_layer.bias
         frozen = out if bias is None else out - bias
         change = (scale - 1) * frozen + scale * self._low_rank(x)
         return out + change.to(out.dtype)  # type: ignore[no-any-return]
+
+    def scale(self) -> Float[Tensor, "out"]:
+        """κ = m/‖V‖ of every output feature; 0 where V is zero and has no direction to scale."""
+        norm = self.direction_norm()
+        turned = norm > 0
+        return torch.where(turned, self.magnitude / torch.where(turned, norm, 1), 0)
 
     def direction_norm(self) -> Float[Tensor, "out"]:
         """‖V‖ of every output feature, without forming V."""
@@ -57,14 +63,20 @@ class DoRALinear(LoRALinear):
         # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
         precise = torch.autocast(weight.device.type, enabled=False)
         with torch.set_grad_enabled(differentiate), precise:
-            c, g = inner_products(weight @ self.A.T, self.A @ self.A.T, self.B, self.scaling)
-            return (self._frozen_squared_norm() + 2 * c + g).sqrt()
+            projected, gram = weight @ self.A.T, self.A @ self.A.T
+            wide = _wide(weight)
+            c, g = inner_products(projected.to(wide), gram.to(wide), self.B.to(wide), self.scaling)
+            squared = self._squared_norm.get(self._frozen_squares, [weight]) + 2 * c + g
+            # The root of zero has no gradient.
+            return torch.where(squared > 0, squared, 0).sqrt()
 
-    def _frozen_squared_norm(self) -> Float[Tensor, "out"]:
-        """‖W0‖², computed once for as long as W0 stays what and where it is."""
+    def _frozen_squares(self) -> Float[Tensor, "out"]:
+        """‖W0‖² of every output feature."""
         weight = self.base_layer.weight
-        current = (weight.dtype, weight.device, weight._version)
-        if self._squared_norm_of != current:
-            self._squared_norm = weight.detach().square().sum(dim=1)
-            self._squared_norm_of = current
-        return self._squared_norm
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=_wide(weight))
+        return norm.square()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """Give the dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
+    return torch.promote_types(weight.dtype, torch.float32)

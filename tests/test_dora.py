@@ -1,0 +1,101 @@
+"""DoRA's own properties: Eq. 5 and its gradients by autograd, precision, what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wda.adapters import DoRALinear
+
+OUT, IN, RANK, SCALING = 6, 10, 3, 7 / 3
+
+
+def trained_layer(full_gradient: bool = False, dtype: torch.dtype = torch.float64) -> DoRALinear:
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(IN, OUT).to(dtype), RANK, SCALING, full_gradient)
+    with torch.no_grad():
+        layer.B.copy_(0.1 * torch.randn(OUT, RANK))
+        layer.magnitude.mul_(1 + 0.2 * torch.randn(OUT))
+    return layer
+
+
+def gradients(out: Tensor, layer: DoRALinear) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((weights * out.square()).sum(), (layer.A, layer.B, layer.magnitude))
+
+
+@pytest.mark.parametrize("full_gradient", [True, False])
+def test_gradients_are_those_of_equation_5(full_gradient: bool) -> None:
+    """Plain autograd of m·V/‖V‖, with ‖V‖ held constant unless the full gradient is asked for."""
+    layer = trained_layer(full_gradient)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    v = layer.base_layer.weight + layer.scaling * layer.B @ layer.A
+    norm = v.norm(dim=1, keepdim=True)
+    weight = layer.magnitude[:, None] * v / (norm if full_gradient else norm.detach())
+    expected = gradients(functional.linear(x, weight, layer.base_layer.bias), layer)
+    for got, wanted in zip(gradients(layer(x), layer), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_the_two_gradients_differ_and_only_the_full_one_is_across_v() -> None:
+    """⟨∇V', V'⟩ = 0 per vector; with A the identity, ∇B is s·∇V'."""
+    x, along = torch.randn(4, IN, dtype=torch.float64), {}
+    for full_gradient in (True, False):
+        layer = DoRALinear(nn.Linear(IN, OUT).double(), IN, 1.0, full_gradient)
+        with torch.no_grad():
+            layer.A.copy_(torch.eye(IN))
+            layer.B.copy_(0.1 * torch.randn(OUT, IN))
+        _, grad_v, _ = gradients(layer(x), layer)
+        along[full_gradient] = (grad_v * (layer.base_layer.weight + layer.B)).sum(dim=1).abs()
+    assert along[True].max() < 1e-13
+    assert along[False].min() > 1e-3
+
+
+def test_half_precision_keeps_what_the_naive_form_loses() -> None:
+    torch.manual_seed(0)
+    exact = DoRALinear(nn.Linear(256, 192), 8, 2.0)
+    with torch.no_grad():
+        exact.B.normal_(std=0.002)
+        exact.magnitude.mul_(1 + 0.002 * torch.randn(192))
+    half = DoRALinear(nn.Linear(256, 192).bfloat16(), 8, 2.0)
+    half.load_state_dict(exact.state_dict())
+    exact.load_state_dict(half.state_dict())  # the same numbers, rounded once
+    exact.double()
+    x = torch.randn(64, 256).bfloat16()
+    exact.requires_grad_(False)
+    half.requires_grad_(False)
+    base, low_rank = half.base_layer, half._low_rank(x)
+    scale = (half.magnitude / (base.weight + 2.0 * half.B @ half.A).norm(dim=1)).bfloat16()
+    naive = scale * (functional.linear(x, base.weight) + low_rank) + base.bias
+    change = exact(x.double()) - exact.base_layer(x.double())
+
+    def error(out: Tensor) -> float:
+        """The error of what the adapter changes: what both forms add to the frozen output."""
+        return float((out.double() - base(x).double() - change).norm() / change.norm())
+
+    assert half.magnitude.dtype == torch.float32
+    assert error(half(x)) < error(naive) / 2
+
+
+@pytest.mark.parametrize("full_gradient", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_starts_as_the_layer_it_wraps_in_every_precision(
+    dtype: torch.dtype, full_gradient: bool
+) -> None:
+    linear = nn.Linear(IN, OUT).to(dtype)
+    x = torch.randn(7, IN, dtype=dtype)
+    assert torch.equal(DoRALinear(linear, RANK, SCALING, full_gradient)(x), linear(x))
+
+
+@pytest.mark.parametrize("full_gradient", [True, False])
+def test_a_row_of_zeros_stays_one_and_spoils_nothing(full_gradient: bool) -> None:
+    linear = nn.Linear(IN, OUT).double()
+    with torch.no_grad():
+        linear.weight[2] = 0
+    layer = DoRALinear(linear, RANK, SCALING, full_gradient)
+    out = layer(torch.randn(4, IN, dtype=torch.float64))
+    assert torch.equal(out[:, 2], linear.bias[2].expand(4))
+    for gradient in gradients(out, layer):
+        assert gradient.isfinite().all()

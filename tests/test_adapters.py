@@ -17,6 +17,7 @@ from wda.adapters import (
     AdapterConfig,
     DoRALinear,
     LoRALinear,
+    MagnitudeLinear,
     inject,
     load_adapter,
     save_adapter,
@@ -113,9 +114,37 @@ def tiny_llama() -> Any:
     return transformers.LlamaForSequenceClassification(config)
 
 
-def trained(method: str) -> tuple[Any, AdapterConfig]:
-    model = tiny_llama()
-    config = AdapterConfig(method=method, rank=3, alpha=7, targets=["query", "v_proj", "down"])
+def tiny_gpt2() -> Any:
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(
+        n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=16, num_labels=3, pad_token_id=0
+    )
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+LLAMA_TARGETS = ["query", "v_proj", "down"]  # of them only q_proj is square
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lora": (tiny_llama, {"method": "lora", "targets": LLAMA_TARGETS}),
+    "rslora": (tiny_llama, {"method": "rslora", "targets": LLAMA_TARGETS}),
+    "dora": (tiny_llama, {"method": "dora", "targets": LLAMA_TARGETS}),
+    "magnitude": (tiny_llama, {"method": "magnitude", "targets": LLAMA_TARGETS}),
+    "table 6": (
+        tiny_llama,
+        {"method": "dora", "targets": ["query", "value"], "magnitudes": ["value", "gate", "down"]},
+    ),
+    "gpt2 lora": (tiny_gpt2, {"method": "lora", "targets": ["c_attn", "down"]}),
+    "gpt2 dora": (tiny_gpt2, {"method": "dora", "targets": ["c_attn", "down"]}),
+    "gpt2 mixed": (
+        tiny_gpt2,
+        {"method": "dora", "targets": ["c_attn"], "magnitudes": ["output", "up", "down"]},
+    ),
+}
+
+
+def trained(case: str) -> tuple[Any, AdapterConfig]:
+    make, settings = CASES[case]
+    model = make()
+    config = AdapterConfig(rank=3, alpha=7, **settings)
     inject(model, config, trained_whole=("score",))
     torch.manual_seed(4)
     with torch.no_grad():
@@ -128,54 +157,79 @@ def trained(method: str) -> tuple[Any, AdapterConfig]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_peft_loads_our_adapters_with_the_same_logits(method: str, tmp_path: Path) -> None:
-    base = tiny_llama()
-    model, config = trained(method)
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_our_adapters_with_the_same_logits_and_gradients(
+    case: str, tmp_path: Path
+) -> None:
+    base = CASES[case][0]()
+    model, config = trained(case)
     save_adapter(
         model, config, tmp_path, "some/base", trained_whole=("score",), task_type="SEQ_CLS"
     )
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    ids = torch.randint(1, 50, (4, 9))
-    with torch.no_grad():
-        ours_logits = model.double()(ids).logits
-        their_logits = theirs.double()(ids).logits
-        base_logits = tiny_llama().double().eval()(ids).logits
-    assert torch.allclose(ours_logits, their_logits, rtol=1e-9, atol=1e-10)
-    assert not torch.allclose(ours_logits, base_logits, rtol=1e-2)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval().double()
+    model.double()
+    ids, labels = torch.randint(1, 50, (4, 9)), torch.tensor([0, 2, 1, 1])
+    ours_out, their_out = model(ids, labels=labels), theirs(ids, labels=labels)
+    base_logits = CASES[case][0]().double().eval()(ids).logits
+    torch.testing.assert_close(ours_out.logits, their_out.logits, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(ours_out.logits, base_logits, rtol=1e-2)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == [
         "score"
     ]
 
+    ours_out.loss.backward()
+    their_out.loss.backward()
+    their_names = {"A": "lora_A.default", "B": "lora_B.default"}
+    compared = 0
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if parameter.requires_grad and module != "score":
+            their_name = their_names.get(kind, "lora_magnitude_vector.default")
+            other = theirs.get_parameter(f"base_model.model.{module}.{their_name}.weight").grad
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-10, atol=1e-10)
+            assert parameter.grad.abs().max() > 1e-6
+            compared += 1
+    assert compared >= 4
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_our_adapters_enter_the_analysis_by_the_same_door(method: str, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model, config = trained(method)
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_adapters_enter_the_analysis_by_the_same_door(case: str, tmp_path: Path) -> None:
+    CASES[case][0]().save_pretrained(tmp_path / "base")
+    model, config = trained(case)
     save_adapter(model, config, tmp_path / "a", str(tmp_path / "base"), trained_whole=("score",))
-    table = wda.compare(tmp_path / "a", matrices=["query", "value", "down"], progress=False).table
-    assert len(table) == 6
-    for _, row in table.iterrows():
-        layer = model.get_submodule(row["module"]).double()
-        w0 = layer.base_layer.weight.detach()
+    layers = {name: m for name, m in model.double().named_modules() if isinstance(m, LoRALinear)}
+    labels = ["re:" + "|".join(layers)]
+    table = wda.compare(tmp_path / "a", matrices=labels, progress=False).table
+    assert set(table["module"]) == set(layers)
+    for _, row in table[~table["module"].str.endswith("c_attn")].iterrows():
+        layer = layers[row["module"]]
+        w0 = layer.weight.detach()
         wt = w0 + layer.scaling * (layer.B @ layer.A).detach()
-        if method == "dora":
+        if isinstance(layer, DoRALinear):
             wt = layer.magnitude.detach()[:, None] * wt / wt.norm(dim=1, keepdim=True)
         d = wda.decompose(w0, wt)
-        assert (row["delta_m"], row["delta_d"]) == pytest.approx((d.delta_m, d.delta_d), rel=1e-6)
-        assert d.delta_d > 1e-4
+        got = (row["delta_m"], row["delta_d"])
+        assert got == pytest.approx((d.delta_m, d.delta_d), rel=1e-6, abs=1e-12)
+        assert d.delta_m > 1e-4
+        assert (d.delta_d > 1e-4) != isinstance(layer, MagnitudeLinear)
 
 
-def test_saved_adapters_come_back(tmp_path: Path) -> None:
-    model, config = trained("dora")
+@pytest.mark.parametrize("case", CASES)
+def test_saved_adapters_come_back(case: str, tmp_path: Path) -> None:
+    model, config = trained(case)
     save_adapter(model, config, tmp_path, "b", trained_whole=("score",))
-    again = tiny_llama()
+    again = CASES[case][0]()
     inject(again, config, trained_whole=("score",))
     load_adapter(again, tmp_path, trained_whole=("score",))
     for (name, one), (_, other) in zip(
         model.named_parameters(), again.named_parameters(), strict=True
     ):
         assert torch.equal(one, other) or not one.requires_grad, name
+
+
+def test_adapters_of_another_method_do_not_come_back(tmp_path: Path) -> None:
+    model, config = trained("dora")
+    save_adapter(model, config, tmp_path, "b", trained_whole=("score",))
     lora = tiny_llama()
     inject(lora, config.model_copy(update={"method": "lora"}), trained_whole=("score",))
     with pytest.raises(CheckpointError, match="does not hold this model's adapters.*magnitude"):
@@ -195,8 +249,29 @@ def test_only_what_should_be_trained_is() -> None:
 def test_targets_that_cannot_be_adapted_are_named() -> None:
     with pytest.raises(SelectionError, match="'gatee'; labels that exist here"):
         inject(tiny_llama(), AdapterConfig(method="lora", targets=["gatee"]))
-    gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=24, n_layer=1, n_head=4))
     with pytest.raises(
-        SelectionError, match=r"adapters go into nn.Linear layers; .*c_attn are Conv1D"
+        SelectionError, match=r"adapters go into nn.Linear and Conv1D .*embed_tokens are Embedding"
     ):
-        inject(gpt2, AdapterConfig(method="lora", targets=["query"]))
+        inject(tiny_llama(), AdapterConfig(method="lora", targets=["embed_tokens"]))
+
+
+def test_magnitudes_alone_are_what_is_trained_where_no_direction_is() -> None:
+    model = tiny_llama()
+    settings = CASES["table 6"][1]
+    assert inject(model, AdapterConfig(rank=2, **settings)) == 8
+    names = [n.partition("layers.0.")[2] for n, p in model.named_parameters() if p.requires_grad]
+    assert sorted(filter(None, names)) == [
+        "mlp.down_proj.magnitude",
+        "mlp.gate_proj.magnitude",
+        *(f"self_attn.{m}.{p}" for m in ("q_proj", "v_proj") for p in ("A", "B", "magnitude")),
+    ]
+
+
+def test_rank_stabilised_scaling_is_alpha_over_the_root_of_the_rank() -> None:
+    assert AdapterConfig(method="rslora", rank=4, alpha=6).scaling == 3.0
+    assert AdapterConfig(method="lora", rank=4, alpha=6).scaling == 1.5
+
+
+def test_magnitudes_belong_to_dora() -> None:
+    with pytest.raises(ValueError, match="trained beside the directions of dora, not of lora"):
+        AdapterConfig(method="lora", magnitudes=["up"])

@@ -66,7 +66,7 @@ def test_half_precision_keeps_what_the_naive_form_loses() -> None:
     x = torch.randn(64, 256).bfloat16()
     exact.requires_grad_(False)
     half.requires_grad_(False)
-    base, low_rank = half.base_layer, half._low_rank(x)
+    base, low_rank = half.base_layer, half.low_rank(x)
     scale = (half.magnitude / (base.weight + 2.0 * half.B @ half.A).norm(dim=1)).bfloat16()
     naive = scale * (functional.linear(x, base.weight) + low_rank) + base.bias
     change = exact(x.double()) - exact.base_layer(x.double())

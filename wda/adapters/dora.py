@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wda.adapters.kept import Kept
 from wda.adapters.lora import LoRALinear
-from wda.updates import inner_products
+from wda.updates import Update, WeightDecomposed, inner_products
 
 
 class DoRALinear(LoRALinear):
@@ -19,7 +19,7 @@ class DoRALinear(LoRALinear):
 
     Parameters
     ----------
-    base : nn.Linear
+    base : nn.Linear or transformers' Conv1D
         The layer to wrap; its parameters are frozen.
     rank : int
         r, the rank of the direction's update.
@@ -31,14 +31,19 @@ class DoRALinear(LoRALinear):
     """
 
     def __init__(
-        self, base: nn.Linear, rank: int, scaling: float, full_gradient: bool = False
+        self, base: nn.Module, rank: int, scaling: float, full_gradient: bool = False
     ) -> None:
         super().__init__(base, rank, scaling)
         self.full_gradient = full_gradient
         self._squared_norm = Kept()
         self.magnitude = nn.Parameter(self.direction_norm().detach())
 
-    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+    @property
+    def update(self) -> Update:
+        """Wt = m ⊙ V/‖V‖."""
+        return WeightDecomposed(super().update, self.magnitude)
+
+    def adapted(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
         """Apply m ⊙ (W0 + s·B·A)/‖W0 + s·B·A‖, and the bias.
 
         κ = m/‖V‖ stays near 1; adding (κ − 1)·W0·x to the frozen layer's own output keeps digits
@@ -47,7 +52,9 @@ class DoRALinear(LoRALinear):
         scale = self.scale()
         out, bias = self.base_layer(x), self.base_layer.bias
         frozen = out if bias is None else out - bias
-        change = (scale - 1) * frozen + scale * self._low_rank(x)
+        change = (scale - 1) * frozen
+        if len(self.A) > 0:
+            change = change + scale * self.low_rank(x)
         return out + change.to(out.dtype)  # type: ignore[no-any-return]
 
     def scale(self) -> Float[Tensor, "out"]:
@@ -58,13 +65,12 @@ class DoRALinear(LoRALinear):
 
     def direction_norm(self) -> Float[Tensor, "out"]:
         """‖V‖ of every output feature, without forming V."""
-        weight = self.base_layer.weight
+        weight, wide = self.weight, self._wide
         differentiate = self.full_gradient and torch.is_grad_enabled()
         # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
         precise = torch.autocast(weight.device.type, enabled=False)
         with torch.set_grad_enabled(differentiate), precise:
             projected, gram = weight @ self.A.T, self.A @ self.A.T
-            wide = _wide(weight)
             c, g = inner_products(projected.to(wide), gram.to(wide), self.B.to(wide), self.scaling)
             squared = self._squared_norm.get(self._frozen_squares, [weight]) + 2 * c + g
             # The root of zero has no gradient.
@@ -72,11 +78,10 @@ class DoRALinear(LoRALinear):
 
     def _frozen_squares(self) -> Float[Tensor, "out"]:
         """‖W0‖² of every output feature."""
-        weight = self.base_layer.weight
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=_wide(weight))
+        norm: Tensor = torch.linalg.vector_norm(self.weight, dim=1, dtype=self._wide)
         return norm.square()
 
-
-def _wide(weight: Tensor) -> torch.dtype:
-    """Give the dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
-    return torch.promote_types(weight.dtype, torch.float32)
+    @property
+    def _wide(self) -> torch.dtype:
+        """The dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
+        return torch.promote_types(self.weight.dtype, torch.float32)

@@ -6,7 +6,9 @@ from torch import nn
 
 from wda.adapters.config import AdapterConfig
 from wda.adapters.dora import DoRALinear
+from wda.adapters.layer import AdaptedLayer, is_conv1d
 from wda.adapters.lora import LoRALinear
+from wda.adapters.magnitude import MagnitudeLinear
 from wda.errors import SelectionError, listing
 from wda.naming import find_matrices, select
 
@@ -31,7 +33,7 @@ def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ..
     Raises
     ------
     SelectionError
-        When a target names no module, or one that is not an ``nn.Linear``.
+        When a target names no module, or one that is neither an ``nn.Linear`` nor a ``Conv1D``.
 
     Examples
     --------
@@ -43,26 +45,34 @@ def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ..
     ['q_proj.A', 'q_proj.B', 'q_proj.magnitude']
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    modules = {matrix.module for matrix in select(find_matrices(shapes), config.targets)}
-    others = [m for m in sorted(modules) if not isinstance(model.get_submodule(m), nn.Linear)]
+    matrices = find_matrices(shapes)
+    directions = {matrix.module for matrix in select(matrices, config.targets)}
+    magnitudes = {matrix.module for matrix in select(matrices, config.magnitudes or config.targets)}
+    modules = sorted(directions | magnitudes)
+    others = [m for m in modules if not _is_linear(model.get_submodule(m))]
     if others:
         kinds = sorted({type(model.get_submodule(m)).__name__ for m in others})
         raise SelectionError(
-            f"targets: adapters go into nn.Linear layers; {listing(others, 4)} are "
+            f"targets: adapters go into nn.Linear and Conv1D layers; {listing(others, 4)} are "
             f"{listing(kinds)}; choose other targets"
         )
     model.requires_grad_(False)
-    for name in sorted(modules):
+    for name in modules:
         parent, _, last = name.rpartition(".")
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        setattr(model.get_submodule(parent), last, _adapted(layer, config))
+        layer = _adapted(model.get_submodule(name), config, name in directions)
+        setattr(model.get_submodule(parent), last, layer)
     for name in trained_whole:
         model.get_submodule(name).requires_grad_(True)
     return len(modules)
 
 
-def _adapted(layer: nn.Linear, config: AdapterConfig) -> LoRALinear:
+def _adapted(layer: nn.Module, config: AdapterConfig, direction: bool) -> AdaptedLayer:
+    if config.method == "magnitude" or not direction:
+        return MagnitudeLinear(layer)
     if config.method == "dora":
         return DoRALinear(layer, config.rank, config.scaling, config.full_gradient)
     return LoRALinear(layer, config.rank, config.scaling)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)

@@ -1,4 +1,7 @@
-"""LoRA: y = W0·x + s·B·A·x, with W0 frozen (arXiv 2106.09685)."""
+"""LoRA: y = W0·x + s·B·A·x, with W0 frozen (arXiv 2106.09685).
+
+Stabilised by its rank (rsLoRA, arXiv 2312.03732) it is the same with another s.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,44 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wda.adapters.layer import AdaptedLayer
+from wda.updates import LowRank, Update
 
-class LoRALinear(nn.Module):
+
+class LoRALinear(AdaptedLayer):
     """A linear layer with a trained low-rank update beside its frozen weight.
 
     A starts Kaiming-uniform and B at zero, so that the layer starts as the one it wraps.
 
     Parameters
     ----------
-    base : nn.Linear
+    base : nn.Linear or transformers' Conv1D
         The layer to wrap; its parameters are frozen.
     rank : int
         r, the rank of the update.
     scaling : float
-        s, the factor in front of B·A.
+        s, the factor in front of B·A: α/r, or α/√r for rsLoRA.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
-        super().__init__()
-        self.base_layer = base.requires_grad_(False)
+    def __init__(self, base: nn.Module, rank: int, scaling: float) -> None:
+        super().__init__(base)
         self.scaling = scaling
+        out_features, in_features = self.weight.shape
         # new_… keep the weight's dtype and device.
-        self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.A = nn.Parameter(self.weight.new_empty(rank, in_features))
+        self.B = nn.Parameter(self.weight.new_zeros(out_features, rank))
+        if rank > 0:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+    @property
+    def update(self) -> Update:
+        """Wt = W0 + s·B·A."""
+        return LowRank(self.A, self.B, self.scaling)
+
+    def adapted(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
         """Apply W0 + s·B·A, and the bias."""
-        return self.base_layer(x) + self._low_rank(x)  # type: ignore[no-any-return]
+        return self.base_layer(x) + self.low_rank(x)  # type: ignore[no-any-return]
 
-    def _low_rank(self, x: Tensor) -> Tensor:
+    def low_rank(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
         """s·B·A·x."""
         return self.scaling * functional.linear(functional.linear(x, self.A), self.B)

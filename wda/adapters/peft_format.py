@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from wda.adapters.config import AdapterConfig
+from wda.adapters.layer import is_conv1d
 from wda.adapters.lora import LoRALinear
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.found import CONFIG_FILE
@@ -17,6 +19,9 @@ from wda.errors import CheckpointError, listing
 from wda.files import staged_folder
 
 _FILE = "adapter_model.safetensors"
+
+# The release of PEFT whose reading of patterns and of Conv1D's magnitudes is meant.
+_VERSION = "0.18.0"
 
 # Parameter of our modules → what PEFT calls it on disk.
 _PEFT_NAMES = {
@@ -51,23 +56,26 @@ def save_adapter(
     task_type : str, optional
         PEFT's name of the task, such as ``"SEQ_CLS"``.
     """
+    adapted = _adapted_modules(model)
     described = {
         "peft_type": "LORA",
+        "peft_version": _VERSION,
         "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
-        "use_dora": config.method == "dora",
-        "use_rslora": False,
+        "rank_pattern": {f"^{re.escape(name)}": 1 for name, m in adapted.items() if not len(m.A)},
+        "use_dora": config.decomposed,
+        "use_rslora": config.method == "rslora",
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in adapted.values()),
         "init_lora_weights": True,
-        "target_modules": sorted(_adapted_modules(model)),
+        "target_modules": sorted(adapted),
         "modules_to_save": list(trained_whole) or None,
     }
-    tensors = {name: p.detach().cpu().contiguous() for name, p in _named(model, trained_whole)}
+    tensors = {name: _stored(p) for name, p in _named(model, trained_whole)}
     with staged_folder(folder) as scratch:
         save_file(tensors, scratch / _FILE, metadata={"format": "pt"})
         (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -90,7 +98,14 @@ def load_adapter(model: nn.Module, folder: Path, trained_whole: tuple[str, ...] 
         )
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(stored[name])
+            if parameter.numel() > 0:
+                parameter.copy_(stored[name])
+
+
+def _stored(parameter: nn.Parameter) -> Tensor:
+    """Give a tensor as it is saved: rank 0, which PEFT does not know, as rank 1 of zeros."""
+    tensor = parameter.detach().cpu().contiguous()
+    return tensor if tensor.numel() else tensor.new_zeros([max(n, 1) for n in tensor.shape])
 
 
 def _adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:

@@ -53,7 +53,7 @@ class ClusterError(WdaError):
 
 
 class ModelError(WdaError):
-    """A model in training that cannot be measured."""
+    """A model that cannot be measured or adapted in the state it is in."""
 
 
 class MissingExtraError(WdaError):

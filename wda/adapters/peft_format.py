@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wda.adapters.config import AdapterConfig
 from wda.adapters.layer import is_conv1d
 from wda.adapters.lora import LoRALinear
+from wda.adapters.merge import require_apart
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.found import CONFIG_FILE
 from wda.errors import CheckpointError, listing
@@ -88,7 +89,10 @@ def load_adapter(model: nn.Module, folder: Path, trained_whole: tuple[str, ...] 
     ------
     CheckpointError
         When folder and model do not hold the same tensors.
+    ModelError
+        When the model's adapters are merged, so that others could not take effect.
     """
+    require_apart(model, "those of a file would change nothing")
     stored = load_file(folder / _FILE)
     wanted = dict(_named(model, trained_whole))
     if set(stored) != set(wanted):

@@ -107,6 +107,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     tuners, lora = _peft_layers()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
+            if module.is_merged:
+                raise ModelError(f"{name}: its adapter is merged; it is measured while it is apart")
             direction = LowRank(module.A, module.B, module.scaling)
             magnitude = module.magnitude if isinstance(module, DoRALinear) else None
             yield _plain(name), _weight(name, module.base_layer, direction, magnitude)

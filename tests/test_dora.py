@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wda.adapters import DoRALinear
+from wda.updates import inner_products
 
 OUT, IN, RANK, SCALING = 6, 10, 3, 7 / 3
 
@@ -19,6 +26,12 @@ def trained_layer(full_gradient: bool = False, dtype: torch.dtype = torch.float6
         layer.B.copy_(0.1 * torch.randn(OUT, RANK))
         layer.magnitude.mul_(1 + 0.2 * torch.randn(OUT))
     return layer
+
+
+def weight_of(layer: DoRALinear) -> Tensor:
+    """Wt by Eq. 5."""
+    v = layer.base_layer.weight + layer.scaling * layer.B @ layer.A
+    return layer.magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
 
 
 def gradients(out: Tensor, layer: DoRALinear) -> tuple[Tensor, ...]:
@@ -99,3 +112,108 @@ def test_a_row_of_zeros_stays_one_and_spoils_nothing(full_gradient: bool) -> Non
     assert torch.equal(out[:, 2], linear.bias[2].expand(4))
     for gradient in gradients(out, layer):
         assert gradient.isfinite().all()
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every time that ‖V‖ is computed."""
+    computed: list[int] = []
+
+    def counted(*args: Any) -> tuple[Tensor, Tensor]:
+        computed.append(1)
+        return inner_products(*args)
+
+    monkeypatch.setattr("wda.adapters.dora.inner_products", counted)
+    return computed
+
+
+def frozen_copy(layer: DoRALinear) -> DoRALinear:
+    """A layer that has kept nothing yet."""
+    copied = DoRALinear(copy.deepcopy(layer.base_layer), RANK, SCALING)
+    copied.load_state_dict(layer.state_dict())
+    return copied.eval()
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_the_scale_is_computed_once_until_a_parameter_changes(
+    guard: Callable[[], Any], norms: list[int]
+) -> None:
+    layer = trained_layer().eval()
+    other = {name: t * 1.5 for name, t in layer.state_dict().items()}
+    x = torch.randn(4, IN, dtype=torch.float64)
+
+    def step(names: str) -> None:
+        """An optimiser's step on some parameters, without leaving the evaluation mode."""
+        chosen = [layer.get_parameter(name) for name in names.split()]
+        for parameter in chosen:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(chosen, lr=0.1).step()
+
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: step("A"),
+        lambda: step("B"),
+        lambda: step("magnitude"),
+        lambda: layer.load_state_dict(other),
+        lambda: layer.train().eval(),
+    ]
+    for change in changes:
+        change()
+        norms.clear()
+        with guard():
+            outs = [layer(x) for _ in range(5)]
+        assert len(norms) == 1
+        expected = frozen_copy(layer)(x)
+        assert all(torch.equal(out, expected) for out in outs)
+    layer.float()
+    with guard():
+        assert layer(x.float()).dtype == torch.float32
+
+
+def test_training_computes_the_scale_anew(norms: list[int]) -> None:
+    layer = trained_layer()
+    x = torch.randn(4, IN, dtype=torch.float64)
+    norms.clear()
+    with torch.no_grad():
+        layer(x)
+    layer(x)
+    assert len(norms) == 2
+
+
+@pytest.mark.parametrize("full_gradient", [True, False])
+def test_what_evaluation_kept_does_not_end_in_gradients(full_gradient: bool) -> None:
+    """Gradients in evaluation mode, and for the input after a run in inference mode."""
+    x = torch.randn(4, IN, dtype=torch.float64)
+    fresh = trained_layer(full_gradient)
+    expected = gradients(fresh(x), fresh)
+    layer = trained_layer(full_gradient).eval()
+    with torch.inference_mode():
+        layer(x)
+    for got, wanted in zip(gradients(layer(x), layer), expected, strict=True):
+        assert torch.equal(got, wanted)
+    layer.requires_grad_(False)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(grad, weight_of(layer).sum(dim=0).expand(4, IN))
+
+
+def test_compiled_without_a_break() -> None:
+    """In a process of its own, for the shape checks of the tests cannot be compiled."""
+    code = """
+import torch
+from wda.adapters import DoRALinear
+layer = DoRALinear(torch.nn.Linear(10, 6).double(), 3, 2.0)
+x = torch.randn(4, 10, dtype=torch.float64)
+for layer.training in (True, False):
+    for full_gradient in (True, False):
+        torch.nn.init.normal_(layer.B)
+        layer.full_gradient = full_gradient
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-13, atol=1e-13)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-13, atol=1e-13)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

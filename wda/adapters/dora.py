@@ -35,7 +35,7 @@ class DoRALinear(LoRALinear):
     ) -> None:
         super().__init__(base, rank, scaling)
         self.full_gradient = full_gradient
-        self._squared_norm = Kept()
+        self._squared_norm, self._kept_scale = Kept(), Kept()
         self.magnitude = nn.Parameter(self.direction_norm().detach())
 
     @property
@@ -58,7 +58,23 @@ class DoRALinear(LoRALinear):
         return out + change.to(out.dtype)  # type: ignore[no-any-return]
 
     def scale(self) -> Float[Tensor, "out"]:
-        """κ = m/‖V‖ of every output feature; 0 where V is zero and has no direction to scale."""
+        """κ = m/‖V‖ of every output feature; 0 where V is zero and has no direction to scale.
+
+        Outside of training it is kept until a parameter changes, and computed once for all the
+        tokens that are generated.
+        """
+        sources = [self.weight, self.A, self.B, self.magnitude]
+        learns = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if self.training or learns:
+            return self._current_scale()
+        return self._kept_scale.get(self._current_scale, sources)
+
+    def train(self, mode: bool = True) -> DoRALinear:
+        """Set the mode; what was kept in the other one is dropped."""
+        self._kept_scale.forget()
+        return super().train(mode)
+
+    def _current_scale(self) -> Float[Tensor, "out"]:
         norm = self.direction_norm()
         turned = norm > 0
         return torch.where(turned, self.magnitude / torch.where(turned, norm, 1), 0)

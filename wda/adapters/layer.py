@@ -28,7 +28,7 @@ class AdaptedLayer(nn.Module, ABC):
         super().__init__()
         self.base_layer = base.requires_grad_(False)
         self._w0: Tensor | None = None
-        self.train(base.training)
+        self.training = base.training
 
     @property
     def weight(self) -> Float[Tensor, "out features"]:

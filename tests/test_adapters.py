@@ -122,6 +122,18 @@ def tiny_gpt2() -> Any:
     return transformers.GPT2ForSequenceClassification(config)
 
 
+def tiny_causal_gpt2() -> Any:
+    config = transformers.GPT2Config(n_embd=24, n_layer=1, n_head=4, vocab_size=50, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def integer_model() -> nn.Module:
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 6)})
+    packed = torch.zeros(6, 4, dtype=torch.int8)
+    model["q_proj"].weight = nn.Parameter(packed, requires_grad=False)
+    return model
+
+
 LLAMA_TARGETS = ["query", "v_proj", "down"]  # of them only q_proj is square
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (tiny_llama, {"method": "lora", "targets": LLAMA_TARGETS}),
@@ -246,13 +258,79 @@ def test_only_what_should_be_trained_is() -> None:
     }
 
 
-def test_targets_that_cannot_be_adapted_are_named() -> None:
-    with pytest.raises(SelectionError, match="'gatee'; labels that exist here"):
-        inject(tiny_llama(), AdapterConfig(method="lora", targets=["gatee"]))
-    with pytest.raises(
-        SelectionError, match=r"adapters go into nn.Linear and Conv1D .*embed_tokens are Embedding"
-    ):
-        inject(tiny_llama(), AdapterConfig(method="lora", targets=["embed_tokens"]))
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no such label": (
+        tiny_llama,
+        {"targets": ["query", "gatee"]},
+        r"^targets: no matrix of the base is called 'gatee'; labels that exist here: "
+        r".*; did you mean gate\?$",
+    ),
+    "no such pattern": (
+        tiny_llama,
+        {"targets": ["re:^q_prj$"]},
+        r"^targets: .*'re:\^q_prj\$'.*; did you mean q_proj",
+    ),
+    "nothing near": (tiny_llama, {"targets": ["xyz"]}, r"'xyz'; .*re:PATTERN on module paths$"),
+    "no such magnitude": (
+        tiny_llama,
+        {"method": "dora", "magnitudes": ["upp"]},
+        r"^magnitudes: .*'upp'.*; did you mean up",
+    ),
+    "embedding": (
+        tiny_llama,
+        {"targets": ["embed_tokens"]},
+        r"adapters go into nn.Linear and Conv1D layers; model.embed_tokens are Embedding; choose",
+    ),
+    "rank": (
+        tiny_llama,
+        {"rank": 13, "targets": ["query", "value"]},
+        r"^rank: 13 is more than model.layers.0.self_attn.v_proj can have, whose weight is "
+        r"12 × 24; choose at most 12$",
+    ),
+    "tied": (
+        tiny_causal_gpt2,
+        {"targets": ["lm_head"]},
+        r"^targets: lm_head shares its weight with transformer.wte, which .*; choose other",
+    ),
+    "part": (
+        tiny_gpt2,
+        {"targets": ["query", "value"]},
+        r"^targets: transformer.h.0.attn.c_attn holds query, key, value in one matrix, and an "
+        r"adapter trains all of it, not query, value alone; choose query, key, value, or c_attn$",
+    ),
+    "packed": (
+        integer_model,
+        {"targets": ["query"]},
+        r"^targets: the weights of q_proj are torch.int8, packed numbers; load the model in",
+    ),
+    "twice": (
+        lambda: trained("lora")[0],
+        {"targets": ["re:q_proj"]},
+        r"^targets: model.layers.0.self_attn.q_proj.base_layer, .* belong to an adapter already",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_refused_in_a_line(case: str) -> None:
+    make, settings, message = REFUSED[case]
+    model = make()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(SelectionError, match=message) as caught:
+        inject(model, AdapterConfig(**{"method": "lora", "rank": 2, **settings}))
+    assert "\n" not in str(caught.value)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_modules_that_are_tied_but_not_chosen_are_no_hindrance() -> None:
+    assert inject(tiny_causal_gpt2(), AdapterConfig(method="dora", targets=["c_attn"])) == 1
+
+
+def test_a_rank_as_large_as_the_matrix_is_allowed_and_zero_is_not() -> None:
+    config = AdapterConfig(method="lora", rank=12, targets=["query", "value"])
+    assert inject(tiny_llama(), config) == 4
+    with pytest.raises(ValueError, match=r"rank\n.*greater than or equal to 1"):
+        AdapterConfig(method="lora", rank=0)
 
 
 def test_magnitudes_alone_are_what_is_trained_where_no_direction_is() -> None:

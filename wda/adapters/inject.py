@@ -6,11 +6,10 @@ from torch import nn
 
 from wda.adapters.config import AdapterConfig
 from wda.adapters.dora import DoRALinear
-from wda.adapters.layer import AdaptedLayer, is_conv1d
+from wda.adapters.layer import AdaptedLayer
 from wda.adapters.lora import LoRALinear
 from wda.adapters.magnitude import MagnitudeLinear
-from wda.errors import SelectionError, listing
-from wda.naming import find_matrices, select
+from wda.adapters.places import check_rank, choose
 
 
 def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ...] = ()) -> int:
@@ -33,7 +32,8 @@ def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ..
     Raises
     ------
     SelectionError
-        When a target names no module, or one that is neither an ``nn.Linear`` nor a ``Conv1D``.
+        When a target names no module, or one that is neither an ``nn.Linear`` nor a ``Conv1D``,
+        shares its weight with another, or is too small for the rank. The model is as it was.
 
     Examples
     --------
@@ -44,18 +44,11 @@ def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ..
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['q_proj.A', 'q_proj.B', 'q_proj.magnitude']
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    matrices = find_matrices(shapes)
-    directions = {matrix.module for matrix in select(matrices, config.targets)}
-    magnitudes = {matrix.module for matrix in select(matrices, config.magnitudes or config.targets)}
-    modules = sorted(directions | magnitudes)
-    others = [m for m in modules if not _is_linear(model.get_submodule(m))]
-    if others:
-        kinds = sorted({type(model.get_submodule(m)).__name__ for m in others})
-        raise SelectionError(
-            f"targets: adapters go into nn.Linear and Conv1D layers; {listing(others, 4)} are "
-            f"{listing(kinds)}; choose other targets"
-        )
+    directions = choose(model, config.targets)
+    magnitudes = choose(model, config.magnitudes, "magnitudes") if config.magnitudes else []
+    if config.method != "magnitude":
+        check_rank(model, directions, config.rank)
+    modules = sorted({*directions, *magnitudes})
     model.requires_grad_(False)
     for name in modules:
         parent, _, last = name.rpartition(".")
@@ -72,7 +65,3 @@ def _adapted(layer: nn.Module, config: AdapterConfig, direction: bool) -> Adapte
     if config.method == "dora":
         return DoRALinear(layer, config.rank, config.scaling, config.full_gradient)
     return LoRALinear(layer, config.rank, config.scaling)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or is_conv1d(layer)

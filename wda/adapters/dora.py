@@ -52,10 +52,10 @@ class DoRALinear(LoRALinear):
         scale = self.scale()
         out, bias = self.base_layer(x), self.base_layer.bias
         frozen = out if bias is None else out - bias
-        change = (scale - 1) * frozen
+        adapted = torch.addcmul(out, scale - 1, frozen)
         if len(self.A) > 0:
-            change = change + scale * self.low_rank(x)
-        return out + change.to(out.dtype)  # type: ignore[no-any-return]
+            adapted = torch.addcmul(adapted, scale, self.low_rank(x))
+        return adapted.to(out.dtype)
 
     def scale(self) -> Float[Tensor, "out"]:
         """κ = m/‖V‖ of every output feature; 0 where V is zero and has no direction to scale.

@@ -16,6 +16,7 @@ from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
 from wda.draws import Draws
 from wda.errors import TableError
 from wda.statistics import COLUMNS, ESTIMATES, compute_statistics, fit_line
+from wda.statistics import ends as written
 from wda.statistics.clouds import make_cloud
 from wda.statistics.mixed_model import fit_mixed, unit_sums
 from wda.table import make_table
@@ -332,10 +333,22 @@ def test_null_band_and_p_are_those_of_every_draw_by_itself() -> None:
     for matrix in ("query", "value", "all"):
         row = row_of(table, matrix, draws=draws)
         mine = table["delta_d"].notna() & (table["matrix"].eq(matrix) | (matrix == "all"))
+
+        def between(points: pd.DataFrame) -> list[float]:
+            """Means of each module, less those of its label, correlated draw by draw."""
+            found = []
+            for i in range(60):
+                drawn = {"x": draws.delta_d[points.index, i], "y": draws.delta_m[points.index, i]}
+                means = points.assign(**drawn).groupby(["matrix", "module"])[["x", "y"]].mean()
+                means -= means.groupby("matrix").transform("mean")
+                found.append(means.corr().loc["x", "y"])
+            return found
+
         fits = [stats.linregress(draws.delta_d[mine, i], draws.delta_m[mine, i]) for i in range(60)]
         for name, p, drawn, measured in (
             ("null_r", "null_p", [fit.rvalue for fit in fits], row["pearson_r"]),
             ("null_slope", "null_slope_p", [fit.slope for fit in fits], row["slope"]),
+            ("null_between_r", "null_between_p", between(table[mine]), row["between_layer_r"]),
         ):
             band = np.percentile(drawn, [2.5, 97.5])
             assert row[[f"{name}_low", f"{name}_high"]].tolist() == pytest.approx(band, rel=1e-9)
@@ -361,7 +374,7 @@ def _null_p(table: pd.DataFrame, draws: Draws) -> float:
     from wda.statistics.nulls import null_band
 
     fit = fit_line(table["delta_d"].to_numpy(), table["delta_m"].to_numpy())
-    return float(null_band(draws, fit.pearson_r, fit.slope)["null_p"])  # type: ignore[arg-type]
+    return float(null_band(draws, make_cloud(table), fit._asdict())["null_p"])  # type: ignore[arg-type]
 
 
 def test_draws_of_another_table_are_refused() -> None:
@@ -392,6 +405,10 @@ def test_readings_say_on_which_side_of_the_band(
     row = row_of(table, draws=drawn_like(table, 200, null="rank 8"))
     assert words in row["reading"]
     assert f"(p {2 / 201:.2g}): not what chance gives" in row["reading"]
+    low, high = written(row["null_between_r_low"], row["null_between_r_high"])
+    side = words.split()[1]
+    between = f"between layers {row['between_layer_r']:+.2f} lies {side} theirs, {low} to {high} (p"
+    assert between in row["reading"]
 
 
 def test_readings_say_what_is_no_more_than_chance() -> None:

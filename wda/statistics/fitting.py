@@ -98,7 +98,7 @@ def _row(
     found = estimates(cloud)
     row |= found
     if draws is not None and found:
-        row |= null_band(draws.of(positions), found["pearson_r"], found["slope"])
+        row |= null_band(draws.of(positions), cloud, found)
     return row | {"reading": read(row, cloud, leave_out_floored)}
 
 

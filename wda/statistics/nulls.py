@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from wda.draws import Draws
+from wda.statistics.clouds import Cloud
 
 SEVERAL = "several ranks"
 _LEVEL = 0.95
 _BATCH = 64  # draws at a time, to bound the memory
 
 
-def null_band(draws: Draws, r: float, slope: float) -> dict[str, object]:
-    """Set r and slope of a cloud beside those of the draws of its points.
+def null_band(draws: Draws, cloud: Cloud, found: Mapping[str, float]) -> dict[str, object]:
+    """Set r, r between layers and slope of a cloud beside those of the draws of its points.
 
     Parameters
     ----------
     draws : Draws
-        Of the rows that are points of the cloud, in any order.
-    r, slope : float
-        What was measured.
+        Of the rows that are the points of the cloud, in their order.
+    cloud : Cloud
+        The points.
+    found : mapping
+        The estimates of what was measured, by their names.
 
     Returns
     -------
@@ -31,13 +36,30 @@ def null_band(draws: Draws, r: float, slope: float) -> dict[str, object]:
     of_r, of_slope = fit_columns(draws.delta_d, draws.delta_m)
     names = np.unique(draws.null)
     row: dict[str, object] = {"null": names[0] if len(names) == 1 else SEVERAL}
+    between = _between_layers(draws, cloud)
     for name, p, measured, drawn in (
-        ("null_r", "null_p", r, of_r),
-        ("null_slope", "null_slope_p", slope, of_slope),
+        ("null_r", "null_p", "pearson_r", of_r),
+        ("null_between_r", "null_between_p", "between_layer_r", between),
+        ("null_slope", "null_slope_p", "slope", of_slope),
     ):
-        low, high, share = _beside(measured, drawn[np.isfinite(drawn)])
+        low, high, share = _beside(found.get(measured, np.nan), drawn[np.isfinite(drawn)])
         row |= {f"{name}_low": low, f"{name}_high": high, p: share}
     return row
+
+
+def _between_layers(draws: Draws, cloud: Cloud) -> np.ndarray:
+    """Correlate the means of each matrix, less those of its label, in every draw."""
+    _, first = np.unique(cloud.unit, return_index=True)
+    label = cloud.label[first]
+    x, y = (_means(values, cloud.unit) for values in (draws.delta_d, draws.delta_m))
+    return fit_columns(x - _means(x, label)[label], y - _means(y, label)[label])[0]
+
+
+def _means(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Average (points, draws) over groups that are counted from 0."""
+    belongs = np.eye(group.max() + 1)[:, group]
+    means: np.ndarray = (belongs @ values) / belongs.sum(axis=1, keepdims=True)
+    return means
 
 
 def fit_columns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

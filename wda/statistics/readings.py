@@ -23,6 +23,7 @@ def read(row: Row, cloud: Cloud, floored_left_out: bool) -> str:
         return f"no r: {why}"
     parts = [
         _certainty(row, cloud) + _chance(row),
+        _chance_between(row, cloud),
         _split(row, cloud),
         _floors(row, floored_left_out),
     ]
@@ -53,6 +54,19 @@ def _chance(row: Row) -> str:
         return f" lies inside {band}: no more than chance"
     where = "below" if r < low else "above"
     return f" lies {where} {band}: not what chance gives"
+
+
+def _chance_between(row: Row, cloud: Cloud) -> str:
+    """Set r between layers beside that of the random updates, where it is another than r."""
+    if cloud.steps == 1 or _missing(row, "null_between_p"):
+        return ""
+    names = ("between_layer_r", "null_between_r_low", "null_between_r_high")
+    r, low, high = (_float(row[name]) for name in names)
+    where = "inside" if low <= r <= high else "below" if r < low else "above"
+    return (
+        f"between layers {correlation(r)} lies {where} theirs, {' to '.join(ends(low, high))} "
+        f"(p {_float(row['null_between_p']):.2g})"
+    )
 
 
 def _split(row: Row, cloud: Cloud) -> str:

@@ -169,3 +169,14 @@ def test_bad_tables_are_refused() -> None:
         compare_methods(table.drop(columns="delta_d"))
     with pytest.raises(TableError, match="no rows"):
         compare_methods(table[:0])
+
+
+def test_two_r_are_no_further_apart_than_two() -> None:
+    """Six layers leave an interval that the bootstrap alone would draw beyond that."""
+    random = np.random.default_rng(5)
+    rising = Population(between=0.9, of_layers=1.2).draw(6, random)
+    falling = Population(between=-0.9, of_layers=1.2, of_points=0.6).draw(6, random)
+    clouds = {("a", "lora", "query"): rising, ("b", "dora", "query"): falling}
+    row = only(compare_methods(table_of_clouds(clouds)))
+    assert row["r_difference_high"] == 2
+    assert row["slope_difference_high"] > 2

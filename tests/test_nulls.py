@@ -64,6 +64,14 @@ def test_draws_are_distributed_as_formed_updates(rank: int | None, size: float) 
         assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
 
 
+def test_an_isotropic_direction_has_as_many_normal_entries_as_a_vector() -> None:
+    """So that its squared length is on average their number, of which one lies along."""
+    random = np.random.default_rng(0)
+    directions = nulls.isotropic(weights().norm(dim=1).numpy(), IN, 20_000, random)
+    assert (directions.along**2).mean() == pytest.approx(1, rel=0.02)
+    assert (directions.across**2).mean() == pytest.approx(IN - 1, rel=0.02)
+
+
 def test_another_rank_would_be_noticed() -> None:
     w0 = weights()
     ours, theirs = drawn(w0, 1, 8.0, 1)[1], brute(w0, 2, 8.0, 2)[1]

@@ -19,8 +19,13 @@ from servers import Hub, serving
 # Every jaxtyping annotation in these rooms is checked while the tests run; it costs users nothing.
 install_import_hook(
     [
-        *("wda.decomposition", "wda.rows", "wda.updates", "wda.adapters.lora"),
-        *("wda.adapters.dora", "wda.spectra.spectrum", "wda.spectra.directions"),
+        *("wda.decomposition", "wda.rows", "wda.updates", "wda.adapters.lora", "wda.adapters.vera"),
+        *(
+            "wda.adapters.dora",
+            "wda.adapters.frozen",
+            "wda.spectra.spectrum",
+            "wda.spectra.directions",
+        ),
     ],
     "beartype.beartype",
 )

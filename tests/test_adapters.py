@@ -10,47 +10,46 @@ import peft
 import pytest
 import torch
 import transformers
+from adapted import adapt, only
 from torch import nn
 
 import wda
-from wda.adapters import (
-    AdapterConfig,
-    DoRALinear,
-    LoRALinear,
-    MagnitudeLinear,
-    inject,
-    load_adapter,
-    save_adapter,
-)
+from wda.adapters import AdaptedLayer, AdapterConfig, inject, load_adapter, save_adapter
 from wda.errors import CheckpointError, SelectionError
+from wda.updates import merged
 
-OUT, IN, RANK, SCALING = 6, 10, 3, 16 / 3
+OUT, IN, RANK, ALPHA = 6, 10, 3, 16
 
 
-def dora_layer(full_gradient: bool, bias: bool = True) -> DoRALinear:
+def dora_layer(full_gradient: bool, bias: bool = True) -> AdaptedLayer:
     torch.manual_seed(0)
-    layer = DoRALinear(nn.Linear(IN, OUT, bias=bias).double(), RANK, SCALING, full_gradient)
+    linear = nn.Linear(IN, OUT, bias=bias).double()
+    layer = adapt(linear, "dora", rank=RANK, alpha=ALPHA, full_gradient=full_gradient)
     with torch.no_grad():
-        layer.B.copy_(0.1 * torch.randn(OUT, RANK))
-        layer.magnitude.mul_(1 + 0.2 * torch.randn(OUT))
+        only(layer).B.copy_(0.1 * torch.randn(OUT, RANK))
+        only(layer).magnitude.mul_(1 + 0.2 * torch.randn(OUT))
     return layer
 
 
-def merged(layer: DoRALinear) -> torch.Tensor:
-    v = layer.base_layer.weight + layer.scaling * layer.B @ layer.A
-    return layer.magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+def direction(layer: AdaptedLayer) -> torch.Tensor:
+    return layer.weight + ALPHA / RANK * only(layer).B @ only(layer).A
 
 
-@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-def test_starts_as_the_layer_it_wraps_to_the_last_bit(kind: type[LoRALinear]) -> None:
+def weight_of(layer: AdaptedLayer) -> torch.Tensor:
+    v = direction(layer)
+    return only(layer).magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_starts_as_the_layer_it_wraps_to_the_last_bit(method: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(IN, OUT)
     x = torch.randn(5, 7, IN)
     before = linear(x)
-    layer = kind(linear, RANK, SCALING)
+    layer = adapt(linear, method, rank=RANK, alpha=ALPHA)
     assert torch.equal(layer(x), before)
-    assert layer.A.abs().max() <= (1 / IN) ** 0.5  # Kaiming-uniform with a = √5
-    assert layer.A.std() > 0
+    assert only(layer).A.abs().max() <= (1 / IN) ** 0.5  # Kaiming-uniform with a = √5
+    assert only(layer).A.std() > 0
     assert not any(p.requires_grad for p in linear.parameters())
 
 
@@ -58,7 +57,7 @@ def test_starts_as_the_layer_it_wraps_to_the_last_bit(kind: type[LoRALinear]) ->
 def test_dora_forward_is_the_merged_weights(bias: bool) -> None:
     layer = dora_layer(full_gradient=False, bias=bias)
     x = torch.randn(4, IN, dtype=torch.float64)
-    expected = nn.functional.linear(x, merged(layer), layer.base_layer.bias)
+    expected = nn.functional.linear(x, weight_of(layer), layer.base_layer.bias)
     assert torch.allclose(layer(x), expected, rtol=1e-12, atol=1e-13)
 
 
@@ -70,22 +69,22 @@ def test_dora_gradients_are_the_papers(full_gradient: bool) -> None:
     target = torch.randn(4, OUT, dtype=torch.float64)
     (layer(x) - target).square().sum().backward()
 
-    w = merged(layer).detach()
+    w, adapter = weight_of(layer).detach(), only(layer)
     error = nn.functional.linear(x, w, layer.base_layer.bias) - target
     grad_w = 2 * error.T @ x  # ∇_{W'} of the loss
-    v = (layer.base_layer.weight + layer.scaling * layer.B @ layer.A).detach()
+    v = direction(layer).detach()
     norm = v.norm(dim=1, keepdim=True)
-    m = layer.magnitude.detach()[:, None]
+    m = adapter.magnitude.detach()[:, None]
     grad_v = m / norm * grad_w
     if full_gradient:
         grad_v = grad_v - m / norm * (grad_w * v).sum(dim=1, keepdim=True) * v / norm**2
         assert torch.allclose((grad_v * v).sum(dim=1), torch.zeros(OUT).double(), atol=1e-12)
-    expected_b = layer.scaling * grad_v @ layer.A.detach().T
-    expected_a = layer.scaling * layer.B.detach().T @ grad_v
+    expected_b = ALPHA / RANK * grad_v @ adapter.A.detach().T
+    expected_a = ALPHA / RANK * adapter.B.detach().T @ grad_v
     expected_m = (grad_w * v / norm).sum(dim=1)
-    assert torch.allclose(layer.B.grad, expected_b, rtol=1e-10)
-    assert torch.allclose(layer.A.grad, expected_a, rtol=1e-10)
-    assert torch.allclose(layer.magnitude.grad, expected_m, rtol=1e-10)
+    assert torch.allclose(adapter.B.grad, expected_b, rtol=1e-10)
+    assert torch.allclose(adapter.A.grad, expected_a, rtol=1e-10)
+    assert torch.allclose(adapter.magnitude.grad, expected_m, rtol=1e-10)
 
 
 def test_full_gradient_passes_gradcheck() -> None:
@@ -93,9 +92,12 @@ def test_full_gradient_passes_gradcheck() -> None:
     x = torch.randn(2, IN, dtype=torch.float64)
 
     def loss(A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, {"A": A, "B": B, "magnitude": magnitude}, x)
+        values = {"A": A, "B": B, "magnitude": magnitude}
+        named = {f"adapters.default.{name}": value for name, value in values.items()}
+        return torch.func.functional_call(layer, named, x)
 
-    inputs = [p.detach().clone().requires_grad_() for p in (layer.A, layer.B, layer.magnitude)]
+    trained = (only(layer).A, only(layer).B, only(layer).magnitude)
+    inputs = [p.detach().clone().requires_grad_() for p in trained]
     assert torch.autograd.gradcheck(loss, inputs)
 
 
@@ -153,10 +155,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def sized(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rank and α, where the method has them."""
+    return settings if settings["method"] == "magnitude" else {"rank": 3, "alpha": 7, **settings}
+
+
 def trained(case: str) -> tuple[Any, AdapterConfig]:
     make, settings = CASES[case]
     model = make()
-    config = AdapterConfig(rank=3, alpha=7, **settings)
+    config = AdapterConfig(**sized(settings))
     inject(model, config, trained_whole=("score",))
     torch.manual_seed(4)
     with torch.no_grad():
@@ -196,6 +203,7 @@ def test_peft_loads_our_adapters_with_the_same_logits_and_gradients(
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
         if parameter.requires_grad and module != "score":
+            module = module.removesuffix(".adapters.default")
             their_name = their_names.get(kind, "lora_magnitude_vector.default")
             other = theirs.get_parameter(f"base_model.model.{module}.{their_name}.weight").grad
             torch.testing.assert_close(parameter.grad, other, rtol=1e-10, atol=1e-10)
@@ -209,7 +217,7 @@ def test_peft_loads_our_adapters_with_the_same_logits_and_gradients(
 def test_fifty_steps_of_training_are_pefts(case: str, tmp_path: Path) -> None:
     make, settings = CASES[case]
     model = make()
-    config = AdapterConfig(rank=3, alpha=7, **settings)
+    config = AdapterConfig(**sized(settings))
     inject(model, config, trained_whole=("score",))
     save_adapter(model, config, tmp_path, "b", trained_whole=("score",), task_type="SEQ_CLS")
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
@@ -244,21 +252,18 @@ def test_our_adapters_enter_the_analysis_by_the_same_door(case: str, tmp_path: P
     CASES[case][0]().save_pretrained(tmp_path / "base")
     model, config = trained(case)
     save_adapter(model, config, tmp_path / "a", str(tmp_path / "base"), trained_whole=("score",))
-    layers = {name: m for name, m in model.double().named_modules() if isinstance(m, LoRALinear)}
+    layers = {n: m for n, m in model.double().named_modules() if isinstance(m, AdaptedLayer)}
     labels = ["re:" + "|".join(layers)]
     table = wda.compare(tmp_path / "a", matrices=labels, progress=False).table
     assert set(table["module"]) == set(layers)
     for _, row in table[~table["module"].str.endswith("c_attn")].iterrows():
         layer = layers[row["module"]]
         w0 = layer.weight.detach()
-        wt = w0 + layer.scaling * (layer.B @ layer.A).detach()
-        if isinstance(layer, DoRALinear):
-            wt = layer.magnitude.detach()[:, None] * wt / wt.norm(dim=1, keepdim=True)
-        d = wda.decompose(w0, wt)
+        d = wda.decompose(w0, merged(layer.update, w0).detach())
         got = (row["delta_m"], row["delta_d"])
         assert got == pytest.approx((d.delta_m, d.delta_d), rel=1e-6, abs=1e-12)
         assert d.delta_m > 1e-4
-        assert (d.delta_d > 1e-4) != isinstance(layer, MagnitudeLinear)
+        assert (d.delta_d > 1e-4) == (only(layer).rank > 0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -289,7 +294,9 @@ def test_only_what_should_be_trained_is() -> None:
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert count == 2
     assert names == {"score.weight"} | {
-        f"model.layers.{i}.self_attn.q_proj.{p}" for i in (0, 1) for p in ("A", "B", "magnitude")
+        f"model.layers.{i}.self_attn.q_proj.adapters.default.{p}"
+        for i in (0, 1)
+        for p in ("A", "B", "magnitude")
     }
 
 
@@ -311,10 +318,10 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"method": "dora", "magnitudes": ["upp"]},
         r"^magnitudes: .*'upp'.*; did you mean up",
     ),
-    "embedding": (
-        tiny_llama,
-        {"targets": ["embed_tokens"]},
-        r"adapters go into nn.Linear and Conv1D layers; model.embed_tokens are Embedding; choose",
+    "norm": (
+        lambda: nn.ModuleDict({"q_proj": nn.Bilinear(4, 3, 2)}),
+        {"targets": ["re:q_proj"]},
+        r"adapters go into nn.Linear, .* and nn.Conv2d; q_proj are Bilinear; choose other targets",
     ),
     "rank": (
         tiny_llama,
@@ -337,11 +344,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         integer_model,
         {"targets": ["query"]},
         r"^targets: the weights of q_proj are torch.int8, packed numbers; load the model in",
-    ),
-    "twice": (
-        lambda: trained("lora")[0],
-        {"targets": ["re:q_proj"]},
-        r"^targets: model.layers.0.self_attn.q_proj.base_layer, .* belong to an adapter already",
     ),
 }
 
@@ -372,7 +374,8 @@ def test_magnitudes_alone_are_what_is_trained_where_no_direction_is() -> None:
     model = tiny_llama()
     settings = CASES["table 6"][1]
     assert inject(model, AdapterConfig(rank=2, **settings)) == 8
-    names = [n.partition("layers.0.")[2] for n, p in model.named_parameters() if p.requires_grad]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = [n.partition("layers.0.")[2].replace("adapters.default.", "") for n in trained]
     assert sorted(filter(None, names)) == [
         "mlp.down_proj.magnitude",
         "mlp.gate_proj.magnitude",
@@ -386,5 +389,7 @@ def test_rank_stabilised_scaling_is_alpha_over_the_root_of_the_rank() -> None:
 
 
 def test_magnitudes_belong_to_dora() -> None:
-    with pytest.raises(ValueError, match="trained beside the directions of dora, not of lora"):
+    with pytest.raises(
+        ValueError, match="magnitudes: cannot be set for lora: magnitudes belongs to dora"
+    ):
         AdapterConfig(method="lora", magnitudes=["up"])

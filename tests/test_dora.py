@@ -10,33 +10,44 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import adapt, only
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wda.adapters import DoRALinear
+from wda.adapters import AdaptedLayer
 from wda.updates import inner_products
 
-OUT, IN, RANK, SCALING = 6, 10, 3, 7 / 3
+OUT, IN, RANK, ALPHA = 6, 10, 3, 7
 
 
-def trained_layer(full_gradient: bool = False, dtype: torch.dtype = torch.float64) -> DoRALinear:
+def dora(linear: nn.Module, full_gradient: bool = False) -> AdaptedLayer:
+    return adapt(linear, "dora", rank=RANK, alpha=ALPHA, full_gradient=full_gradient)
+
+
+def trained_layer(full_gradient: bool = False, dtype: torch.dtype = torch.float64) -> AdaptedLayer:
     torch.manual_seed(0)
-    layer = DoRALinear(nn.Linear(IN, OUT).to(dtype), RANK, SCALING, full_gradient)
+    layer = dora(nn.Linear(IN, OUT).to(dtype), full_gradient)
     with torch.no_grad():
-        layer.B.copy_(0.1 * torch.randn(OUT, RANK))
-        layer.magnitude.mul_(1 + 0.2 * torch.randn(OUT))
+        only(layer).B.copy_(0.1 * torch.randn(OUT, RANK))
+        only(layer).magnitude.mul_(1 + 0.2 * torch.randn(OUT))
     return layer
 
 
-def weight_of(layer: DoRALinear) -> Tensor:
+def direction(layer: AdaptedLayer) -> Tensor:
+    return layer.weight + ALPHA / RANK * only(layer).B @ only(layer).A
+
+
+def weight_of(layer: AdaptedLayer) -> Tensor:
     """Wt by Eq. 5."""
-    v = layer.base_layer.weight + layer.scaling * layer.B @ layer.A
-    return layer.magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+    v = direction(layer)
+    return only(layer).magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
 
 
-def gradients(out: Tensor, layer: DoRALinear) -> tuple[Tensor, ...]:
+def gradients(out: Tensor, layer: AdaptedLayer) -> tuple[Tensor, ...]:
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return torch.autograd.grad((weights * out.square()).sum(), (layer.A, layer.B, layer.magnitude))
+    adapter = only(layer)
+    trained = (adapter.A, adapter.B, adapter.magnitude)
+    return torch.autograd.grad((weights * out.square()).sum(), trained)
 
 
 @pytest.mark.parametrize("full_gradient", [True, False])
@@ -44,43 +55,49 @@ def test_gradients_are_those_of_equation_5(full_gradient: bool) -> None:
     """Plain autograd of m·V/‖V‖, with ‖V‖ held constant unless the full gradient is asked for."""
     layer = trained_layer(full_gradient)
     x = torch.randn(4, IN, dtype=torch.float64)
-    v = layer.base_layer.weight + layer.scaling * layer.B @ layer.A
+    v = direction(layer)
     norm = v.norm(dim=1, keepdim=True)
-    weight = layer.magnitude[:, None] * v / (norm if full_gradient else norm.detach())
+    weight = only(layer).magnitude[:, None] * v / (norm if full_gradient else norm.detach())
     expected = gradients(functional.linear(x, weight, layer.base_layer.bias), layer)
     for got, wanted in zip(gradients(layer(x), layer), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 
 def test_the_two_gradients_differ_and_only_the_full_one_is_across_v() -> None:
-    """⟨∇V', V'⟩ = 0 per vector; with A the identity, ∇B is s·∇V'."""
+    """⟨∇V', V'⟩ = 0 per vector; with orthonormal A that span V, ∇B is s·∇V'·Aᵀ."""
     x, along = torch.randn(4, IN, dtype=torch.float64), {}
     for full_gradient in (True, False):
-        layer = DoRALinear(nn.Linear(IN, OUT).double(), IN, 1.0, full_gradient)
+        linear = nn.Linear(IN, OUT).double()
+        layer = adapt(linear, "dora", rank=OUT, alpha=OUT, full_gradient=full_gradient)
+        A = torch.linalg.qr(torch.randn(IN, OUT).double()).Q.T
         with torch.no_grad():
-            layer.A.copy_(torch.eye(IN))
-            layer.B.copy_(0.1 * torch.randn(OUT, IN))
-        _, grad_v, _ = gradients(layer(x), layer)
-        along[full_gradient] = (grad_v * (layer.base_layer.weight + layer.B)).sum(dim=1).abs()
+            linear.weight.copy_(torch.randn(OUT, OUT).double() @ A)
+            only(layer).A.copy_(A)
+            only(layer).B.copy_(0.1 * torch.randn(OUT, OUT))
+        _, grad_b, _ = gradients(layer(x), layer)
+        v = linear.weight @ A.T + only(layer).B  # V in the coordinates of A's rows
+        along[full_gradient] = (grad_b * v).sum(dim=1).abs()
     assert along[True].max() < 1e-13
     assert along[False].min() > 1e-3
 
 
 def test_half_precision_keeps_what_the_naive_form_loses() -> None:
     torch.manual_seed(0)
-    exact = DoRALinear(nn.Linear(256, 192), 8, 2.0)
+    exact = adapt(nn.Linear(256, 192), "dora", rank=8, alpha=16)
     with torch.no_grad():
-        exact.B.normal_(std=0.002)
-        exact.magnitude.mul_(1 + 0.002 * torch.randn(192))
-    half = DoRALinear(nn.Linear(256, 192).bfloat16(), 8, 2.0)
+        only(exact).B.normal_(std=0.002)
+        only(exact).magnitude.mul_(1 + 0.002 * torch.randn(192))
+    half = adapt(nn.Linear(256, 192).bfloat16(), "dora", rank=8, alpha=16)
     half.load_state_dict(exact.state_dict())
     exact.load_state_dict(half.state_dict())  # the same numbers, rounded once
     exact.double()
     x = torch.randn(64, 256).bfloat16()
     exact.requires_grad_(False)
     half.requires_grad_(False)
-    base, low_rank = half.base_layer, half.low_rank(x)
-    scale = (half.magnitude / (base.weight + 2.0 * half.B @ half.A).norm(dim=1)).bfloat16()
+    base, adapter = half.base_layer, only(half)
+    low_rank = 2.0 * functional.linear(functional.linear(x, adapter.A), adapter.B)
+    norm = (base.weight + 2.0 * adapter.B @ adapter.A).norm(dim=1)
+    scale = (adapter.magnitude / norm).bfloat16()
     naive = scale * (functional.linear(x, base.weight) + low_rank) + base.bias
     change = exact(x.double()) - exact.base_layer(x.double())
 
@@ -88,7 +105,7 @@ def test_half_precision_keeps_what_the_naive_form_loses() -> None:
         """The error of what the adapter changes: what both forms add to the frozen output."""
         return float((out.double() - base(x).double() - change).norm() / change.norm())
 
-    assert half.magnitude.dtype == torch.float32
+    assert adapter.magnitude.dtype == torch.float32
     assert error(half(x)) < error(naive) / 2
 
 
@@ -99,7 +116,7 @@ def test_starts_as_the_layer_it_wraps_in_every_precision(
 ) -> None:
     linear = nn.Linear(IN, OUT).to(dtype)
     x = torch.randn(7, IN, dtype=dtype)
-    assert torch.equal(DoRALinear(linear, RANK, SCALING, full_gradient)(x), linear(x))
+    assert torch.equal(dora(linear, full_gradient)(x), linear(x))
 
 
 @pytest.mark.parametrize("full_gradient", [True, False])
@@ -107,7 +124,7 @@ def test_a_row_of_zeros_stays_one_and_spoils_nothing(full_gradient: bool) -> Non
     linear = nn.Linear(IN, OUT).double()
     with torch.no_grad():
         linear.weight[2] = 0
-    layer = DoRALinear(linear, RANK, SCALING, full_gradient)
+    layer = dora(linear, full_gradient)
     out = layer(torch.randn(4, IN, dtype=torch.float64))
     assert torch.equal(out[:, 2], linear.bias[2].expand(4))
     for gradient in gradients(out, layer):
@@ -127,9 +144,9 @@ def norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return computed
 
 
-def frozen_copy(layer: DoRALinear) -> DoRALinear:
+def frozen_copy(layer: AdaptedLayer) -> AdaptedLayer:
     """A layer that has kept nothing yet."""
-    copied = DoRALinear(copy.deepcopy(layer.base_layer), RANK, SCALING)
+    copied = dora(copy.deepcopy(layer.base_layer))
     copied.load_state_dict(layer.state_dict())
     return copied.eval()
 
@@ -144,7 +161,7 @@ def test_the_scale_is_computed_once_until_a_parameter_changes(
 
     def step(names: str) -> None:
         """An optimiser's step on some parameters, without leaving the evaluation mode."""
-        chosen = [layer.get_parameter(name) for name in names.split()]
+        chosen = [layer.get_parameter(f"adapters.default.{name}") for name in names.split()]
         for parameter in chosen:
             parameter.grad = torch.ones_like(parameter)
         torch.optim.SGD(chosen, lr=0.1).step()
@@ -204,13 +221,16 @@ def test_compiled_without_a_break() -> None:
     """In a process of its own, for the shape checks of the tests cannot be compiled."""
     code = """
 import torch
-from wda.adapters import DoRALinear
-layer = DoRALinear(torch.nn.Linear(10, 6).double(), 3, 2.0)
+from wda.adapters import AdapterConfig, inject
 x = torch.randn(4, 10, dtype=torch.float64)
-for layer.training in (True, False):
-    for full_gradient in (True, False):
-        torch.nn.init.normal_(layer.B)
-        layer.full_gradient = full_gradient
+for full_gradient in (True, False):
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(10, 6).double()})
+    config = AdapterConfig(method="dora", rank=3, alpha=6, full_gradient=full_gradient)
+    inject(model, config.model_copy(update={"targets": ["q_proj"]}))
+    layer = model["q_proj"]
+    torch.nn.init.normal_(layer.adapters["default"].B)
+    for training in (True, False):
+        layer.train(training)
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-13, atol=1e-13)
         with torch.no_grad():

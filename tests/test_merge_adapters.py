@@ -21,7 +21,8 @@ def adapted_gpt2(method: str, dtype: torch.dtype = torch.float64) -> tuple[Any, 
     torch.manual_seed(3)
     shape = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=16)
     model = transformers.GPT2LMHeadModel(shape).to(dtype).eval()
-    config = AdapterConfig(method=method, rank=3, alpha=7, targets=["c_attn", "up"])
+    size = {} if method == "magnitude" else {"rank": 3, "alpha": 7}
+    config = AdapterConfig(method=method, targets=["c_attn", "up"], **size)
     inject(model, config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,103 +1,163 @@
-"""DoRA: y = m ⊙ V·x/‖V‖ with V = W0 + s·B·A (arXiv 2402.09353, Eq. 5)."""
+"""DoRA: Wt = m ⊙ V/‖V‖ with V = W0 + Σ B·A (arXiv 2402.09353, Eq. 5).
+
+With LoRA's factors it is DoRA, with VeRA's DVoRA, with none the magnitude alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from wda.adapters.adapter import Adapter, joined_update
+from wda.adapters.frozen import Frozen
 from wda.adapters.kept import Kept
-from wda.adapters.lora import LoRALinear
-from wda.updates import Update, WeightDecomposed, inner_products
+from wda.updates import Update, WeightDecomposed, column_scaled, inner_products
+
+Per = Literal["output", "input"]
 
 
-class DoRALinear(LoRALinear):
-    """A linear layer whose weight is trained as magnitude and low-rank direction.
+class Decomposed:
+    """How updates with magnitudes join: Wt = m ⊙ V/‖V‖ with V = W0 + Σ B·A.
 
-    m starts at ‖W0‖, one number per output feature, so that the layer starts as the one it wraps,
-    to the last bit. It is float32 where W0 is less precise.
+    Of several adapters the changes add up, those of the direction and those of the magnitude:
+    m = ‖W0‖ + Σ (m_i − ‖W0‖). So their order does not matter, and merging gives what they do apart.
 
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
-        The layer to wrap; its parameters are frozen.
-    rank : int
-        r, the rank of the direction's update.
-    scaling : float
-        s, the factor in front of B·A.
+    adapters : sequence of Adapter
+        Those that take part; all have a magnitude.
     full_gradient : bool
-        Whether ‖V‖ is differentiated too (Eq. 6); by default it is held constant (Eq. 11), which
-        needs less memory.
+        Whether ‖V‖ is differentiated too (Eq. 6); else it is held constant (Eq. 11), which needs
+        less memory.
+    per : {"output", "input"}
+        Whether a vector is what an output feature weighs, or what an input feature is weighed by.
     """
 
     def __init__(
-        self, base: nn.Module, rank: int, scaling: float, full_gradient: bool = False
+        self, adapters: Sequence[Adapter], full_gradient: bool = False, per: Per = "output"
     ) -> None:
-        super().__init__(base, rank, scaling)
+        self.adapters = adapters
         self.full_gradient = full_gradient
-        self._squared_norm, self._kept_scale = Kept(), Kept()
-        self.magnitude = nn.Parameter(self.direction_norm().detach())
+        self.per = per
+        self._squares, self._scale = Kept(), Kept()
+        self._projected, self._gram = Kept(), Kept()
 
-    @property
-    def update(self) -> Update:
-        """Wt = m ⊙ V/‖V‖."""
-        return WeightDecomposed(super().update, self.magnitude)
+    def __call__(self, frozen: Frozen, x: Tensor) -> Tensor:
+        """Apply Wt, and the bias.
 
-    def adapted(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
-        """Apply m ⊙ (W0 + s·B·A)/‖W0 + s·B·A‖, and the bias.
-
-        κ = m/‖V‖ stays near 1; adding (κ − 1)·W0·x to the frozen layer's own output keeps digits
-        in half precision that κ·(W0·x + …) would lose, and changes no bit while κ is 1.
+        κ = m/‖V‖ multiplies the frozen layer's output, and beside it the small B and bias, in
+        float32 where the layer is less precise: rounded to half precision, κ near 1 would lose
+        what the adapter changes. While κ is 1 no bit changes.
         """
-        scale = self.scale()
-        out, bias = self.base_layer(x), self.base_layer.bias
-        frozen = out if bias is None else out - bias
-        adapted = torch.addcmul(out, scale - 1, frozen)
-        if len(self.A) > 0:
-            adapted = torch.addcmul(adapted, scale, self.low_rank(x))
-        return adapted.to(out.dtype)
+        scale = self.scale(frozen)
+        if self.per == "input":
+            x = (scale * x).to(x.dtype)
+            changes = [adapter.apply_to(frozen, x) for adapter in self.adapters]
+            return sum(changes, start=frozen(x))
+        out, bias = frozen(x), frozen.bias
+        shift = None if bias is None else ((1 - scale) * bias).to(bias.dtype)
+        first, *others = self.adapters
+        change = first.apply_to(frozen, x, scale, shift)
+        for adapter in others:
+            change = change + adapter.apply_to(frozen, x, scale)
+        return torch.addcmul(change, frozen.along(scale), out).to(out.dtype)
 
-    def scale(self) -> Float[Tensor, "out"]:
-        """κ = m/‖V‖ of every output feature; 0 where V is zero and has no direction to scale.
+    def scale(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+        """κ = m/‖V‖ of every vector; 0 where V is zero and has no direction to scale.
 
         Outside of training it is kept until a parameter changes, and computed once for all the
         tokens that are generated.
         """
-        sources = [self.weight, self.A, self.B, self.magnitude]
+        sources = [frozen.layer.weight]
+        for adapter in self.adapters:
+            sources += [*adapter.parameters(), *adapter.buffers()]
         learns = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if self.training or learns:
-            return self._current_scale()
-        return self._kept_scale.get(self._current_scale, sources)
+        if frozen.layer.training or learns:
+            return self._current_scale(frozen)
+        return self._scale.get(lambda: self._current_scale(frozen), sources)
 
-    def train(self, mode: bool = True) -> DoRALinear:
-        """Set the mode; what was kept in the other one is dropped."""
-        self._kept_scale.forget()
-        return super().train(mode)
+    def update(self, frozen: Frozen) -> Update:
+        """Give what turns W0 into Wt."""
+        direction = joined_update(self.adapters) or self.adapters[0].update
+        magnitude = self.magnitude(frozen)
+        if self.per == "output":
+            return WeightDecomposed(direction, magnitude)
+        return column_scaled(direction, self.scale(frozen))
 
-    def _current_scale(self) -> Float[Tensor, "out"]:
-        norm = self.direction_norm()
-        turned = norm > 0
-        return torch.where(turned, self.magnitude / torch.where(turned, norm, 1), 0)
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._scale.forget()
 
-    def direction_norm(self) -> Float[Tensor, "out"]:
-        """‖V‖ of every output feature, without forming V."""
-        weight, wide = self.weight, self._wide
+    def _current_scale(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+        norm = self.direction_norm(frozen)
+        return torch.where(norm > 0, self.magnitude(frozen) / torch.where(norm > 0, norm, 1), 0)
+
+    def magnitude(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+        """m of every vector."""  # noqa: D403
+        first, *others = [_magnitude(adapter) for adapter in self.adapters]
+        if not others:
+            return first
+        start = self._squared_norm(frozen).sqrt()
+        return torch.stack([other - start for other in others]).sum(dim=0) + first
+
+    def direction_norm(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+        """‖V‖ of every vector, without forming V."""
         differentiate = self.full_gradient and torch.is_grad_enabled()
         # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
-        precise = torch.autocast(weight.device.type, enabled=False)
+        precise = torch.autocast(frozen.weight.device.type, enabled=False)
         with torch.set_grad_enabled(differentiate), precise:
-            projected, gram = weight @ self.A.T, self.A @ self.A.T
-            c, g = inner_products(projected.to(wide), gram.to(wide), self.B.to(wide), self.scaling)
-            squared = self._squared_norm.get(self._frozen_squares, [weight]) + 2 * c + g
+            squared = self._squared_norm(frozen) + self._growth(frozen)
             # The root of zero has no gradient.
             return torch.where(squared > 0, squared, 0).sqrt()
 
-    def _frozen_squares(self) -> Float[Tensor, "out"]:
-        """‖W0‖² of every output feature."""
-        norm: Tensor = torch.linalg.vector_norm(self.weight, dim=1, dtype=self._wide)
-        return norm.square()
+    def _squared_norm(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+        """‖W0‖² of every vector."""
+        return self._squares.get(lambda: _squares(frozen, self.per), [frozen.layer.weight])
 
-    @property
-    def _wide(self) -> torch.dtype:
-        """The dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+    def _growth(self, frozen: Frozen) -> Float[Tensor, "vectors"] | Literal[0]:
+        """‖V‖² − ‖W0‖² = 2c + g of every vector."""
+        update = joined_update(self.adapters)
+        if update is None:
+            return 0
+        weight, A, B = frozen.weight, update.A, update.B
+        if self.per == "input":
+            weight, A, B = weight.T, B.T, A.T
+        wide = _wide(weight)
+        projected, gram = self._products(weight, A)
+        c, g = inner_products(projected.to(wide), gram.to(wide), B.to(wide), update.scaling)
+        return 2 * c + g
+
+    def _products(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """W0·Aᵀ and A·Aᵀ, computed once where A is never trained."""
+        if A.requires_grad or len(self.adapters) > 1 or self.per == "input":
+            return weight @ A.T, A @ A.T
+        return (
+            self._projected.get(lambda: weight @ A.T, [weight, A]),
+            self._gram.get(lambda: A @ A.T, [A]),
+        )
+
+
+def start_magnitude(frozen: Frozen, per: Per = "output") -> Float[Tensor, "vectors"]:
+    """‖W0‖ of every vector, float32 where W0 is less precise: what m starts at."""
+    with torch.no_grad():
+        return _squares(frozen, per).sqrt()
+
+
+def _squares(frozen: Frozen, per: Per) -> Float[Tensor, "vectors"]:
+    weight, dim = frozen.weight, 1 if per == "output" else 0
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=_wide(weight))
+    return norm.square()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """Give the dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _magnitude(adapter: Adapter) -> Float[Tensor, "vectors"]:
+    assert adapter.magnitude is not None
+    return adapter.magnitude

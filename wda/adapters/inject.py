@@ -1,19 +1,32 @@
-"""Put adapters into a model, by the names of its modules."""
+"""Put adapters into a model, by the names of its modules, and choose which take part."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from wda.adapters.adapter import Adapter
 from wda.adapters.config import AdapterConfig
-from wda.adapters.dora import DoRALinear
+from wda.adapters.frozen import Frozen, FrozenConv1D, FrozenLinear, kind_of
 from wda.adapters.layer import AdaptedLayer
-from wda.adapters.lora import LoRALinear
-from wda.adapters.magnitude import MagnitudeLinear
-from wda.adapters.places import check_rank, choose
+from wda.adapters.lora import LoRA
+from wda.adapters.magnitude import MagnitudeOnly
+from wda.adapters.merge import adapted_layers, require_apart
+from wda.adapters.places import base_layer, check_rank, choose
+from wda.adapters.vera import Projections, VeRA
+from wda.errors import ModelError, SelectionError, listing
 
 
-def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ...] = ()) -> int:
-    """Replace a model's chosen linear layers by adapted ones, in place, and freeze the rest.
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    trained_whole: tuple[str, ...] = (),
+    name: str = "default",
+) -> int:
+    """Put an adapter into a model's chosen layers, in place, and freeze the rest.
+
+    A model may carry several; the new one alone takes part until :func:`activate` says otherwise.
 
     Parameters
     ----------
@@ -23,17 +36,21 @@ def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ..
         Which adapter, how large, and where.
     trained_whole : tuple of str
         Names of modules that stay trainable as they are, such as a new classifier.
+    name : str
+        What this adapter is called.
 
     Returns
     -------
     int
-        How many layers were replaced.
+        How many layers it went into.
 
     Raises
     ------
     SelectionError
-        When a target names no module, or one that is neither an ``nn.Linear`` nor a ``Conv1D``,
-        shares its weight with another, or is too small for the rank. The model is as it was.
+        When a target names no module, or one that no adapter can go into, shares its weight with
+        another, or is too small for the rank. The model is as it was.
+    ModelError
+        When the model has an adapter of this name, or merged ones.
 
     Examples
     --------
@@ -41,27 +58,107 @@ def inject(model: nn.Module, config: AdapterConfig, trained_whole: tuple[str, ..
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(4, 6), "o_proj": nn.Linear(6, 4)})
     >>> inject(model, AdapterConfig(method="dora", rank=2, targets=["query"]))
     1
-    >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['q_proj.A', 'q_proj.B', 'q_proj.magnitude']
+    >>> for parameter, values in model.named_parameters():
+    ...     if values.requires_grad:
+    ...         print(parameter)
+    q_proj.adapters.default.magnitude
+    q_proj.adapters.default.A
+    q_proj.adapters.default.B
     """
-    directions = choose(model, config.targets)
-    magnitudes = choose(model, config.magnitudes, "magnitudes") if config.magnitudes else []
-    if config.method != "magnitude":
-        check_rank(model, directions, config.rank)
-    modules = sorted({*directions, *magnitudes})
+    require_apart(model, "another cannot be put beside them")
+    if any(name in layer.configs for layer in adapted_layers(model).values()):
+        raise ModelError(f"name: the model has an adapter called {name!r}; choose another name")
+    turned = choose(model, config.targets)
+    scaled = choose(model, config.magnitudes, "magnitudes") if config.magnitudes else []
+    _check(model, config, turned, scaled)
     model.requires_grad_(False)
-    for name in modules:
-        parent, _, last = name.rpartition(".")
-        layer = _adapted(model.get_submodule(name), config, name in directions)
-        setattr(model.get_submodule(parent), last, layer)
-    for name in trained_whole:
-        model.get_submodule(name).requires_grad_(True)
-    return len(modules)
+    layers = {module: _layer(model, module) for module in sorted({*turned, *scaled})}
+    shared = _projections(config, [layers[module].frozen for module in turned])
+    for module, layer in layers.items():
+        with_direction = config.method != "magnitude" and module in turned
+        layer.add(name, _adapter(layer.frozen, config, with_direction, shared), config)
+    activate(model, name)
+    for module in trained_whole:
+        model.get_submodule(module).requires_grad_(True)
+    return len(layers)
 
 
-def _adapted(layer: nn.Module, config: AdapterConfig, direction: bool) -> AdaptedLayer:
-    if config.method == "magnitude" or not direction:
-        return MagnitudeLinear(layer)
-    if config.method == "dora":
-        return DoRALinear(layer, config.rank, config.scaling, config.full_gradient)
-    return LoRALinear(layer, config.rank, config.scaling)
+def activate(model: nn.Module, *names: str) -> None:
+    """Choose which of a model's adapters take part.
+
+    Several add up: V = W0 + Σ s·B·A, and m = ‖W0‖ + Σ (m_i − ‖W0‖) where they have magnitudes, so
+    their order does not matter and merged they do the same. What is trained stays as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that :func:`inject` changed.
+    *names : str
+        The adapters; none for the model as it was.
+
+    Raises
+    ------
+    ModelError
+        When there is no such adapter, some layer's would decompose in different ways, or they are
+        merged; then nothing was changed.
+    """
+    require_apart(model, "others cannot take their place")
+    layers = adapted_layers(model)
+    known = {name for layer in layers.values() for name in layer.configs}
+    if absent := sorted(set(names) - known):
+        raise ModelError(
+            f"names: the model has no adapter called {listing(absent)}; it has "
+            f"{listing(sorted(known)) or 'none'}"
+        )
+    for module, layer in layers.items():
+        configs = [layer.configs[name] for name in names if name in layer.configs]
+        if len({(c.decomposed, c.full_gradient, c.per) for c in configs}) > 1:
+            raise ModelError(
+                f"names: {listing(names)} meet in {module} and change the weight in different "
+                "ways (with magnitudes or without, full_gradient, per), so they do not add up; "
+                "activate one of them, or merge one and inject the other anew"
+            )
+    for layer in layers.values():
+        layer.activate(names)
+
+
+def _check(
+    model: nn.Module, config: AdapterConfig, turned: Sequence[str], scaled: Sequence[str]
+) -> None:
+    # VeRA's r may be larger than its matrices.
+    if config.method != "magnitude" and not config.shares_projections:
+        check_rank(model, turned, config.rank)
+    if config.per == "input":
+        kinds = {module: kind_of(base_layer(model, module)) for module in {*turned, *scaled}}
+        if others := sorted(m for m, k in kinds.items() if k not in (FrozenLinear, FrozenConv1D)):
+            raise SelectionError(
+                f"per: one magnitude per input feature is for linear layers; {listing(others, 4)} "
+                "are not; choose other targets, or per: output"
+            )
+
+
+def _layer(model: nn.Module, module: str) -> AdaptedLayer:
+    """Give the adapted layer of that name, made of the layer there if it is not one yet."""
+    there = model.get_submodule(module)
+    if isinstance(there, AdaptedLayer):
+        return there
+    kind = kind_of(there)
+    assert kind is not None
+    layer = AdaptedLayer(kind(there))
+    parent, _, last = module.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+    return layer
+
+
+def _projections(config: AdapterConfig, layers: Sequence[Frozen]) -> Projections | None:
+    return Projections(layers, config.rank) if config.shares_projections else None
+
+
+def _adapter(
+    frozen: Frozen, config: AdapterConfig, with_direction: bool, shared: Projections | None
+) -> Adapter:
+    if not with_direction:
+        return MagnitudeOnly(frozen)
+    if shared is not None:
+        return VeRA(frozen, shared, config.dropout)
+    return LoRA(frozen, config.rank, config.scaling, config.dropout)

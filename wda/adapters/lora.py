@@ -5,50 +5,90 @@ Stabilised by its rank (rsLoRA, arXiv 2312.03732) it is the same with another s.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
-from wda.adapters.layer import AdaptedLayer
+from wda.adapters.adapter import Adapter, joined_update
+from wda.adapters.frozen import Frozen
 from wda.updates import LowRank, Update
 
 
-class LoRALinear(AdaptedLayer):
-    """A linear layer with a trained low-rank update beside its frozen weight.
+class LoRA(Adapter):
+    """A trained update of low rank, δ = s·B·A.
 
-    A starts Kaiming-uniform and B at zero, so that the layer starts as the one it wraps.
+    It starts at zero, so that the layer starts as it was.
 
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
-        The layer to wrap; its parameters are frozen.
+    frozen : Frozen
+        The layer it goes into.
     rank : int
         r, the rank of the update.
     scaling : float
         s, the factor in front of B·A: α/r, or α/√r for rsLoRA.
+    dropout : float
+        Share of the input's features that A does not see in a training step.
     """
 
-    def __init__(self, base: nn.Module, rank: int, scaling: float) -> None:
-        super().__init__(base)
+    def __init__(self, frozen: Frozen, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
         self.scaling = scaling
-        out_features, in_features = self.weight.shape
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        out_features, features = frozen.weight.shape
         # new_… keep the weight's dtype and device.
-        self.A = nn.Parameter(self.weight.new_empty(rank, in_features))
-        self.B = nn.Parameter(self.weight.new_zeros(out_features, rank))
-        if rank > 0:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.A = nn.Parameter(frozen.weight.new_empty(rank, features))
+        self.B = nn.Parameter(frozen.weight.new_empty(out_features, rank))
+        frozen.initialise(self.A, self.B)
 
     @property
-    def update(self) -> Update:
-        """Wt = W0 + s·B·A."""
+    def rank(self) -> int:
+        """The rank of the update."""
+        return len(self.A)
+
+    @property
+    def update(self) -> LowRank:
+        """δ = s·B·A."""
         return LowRank(self.A, self.B, self.scaling)
 
-    def adapted(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
-        """Apply W0 + s·B·A, and the bias."""
-        return self.base_layer(x) + self.low_rank(x)  # type: ignore[no-any-return]
+    def apply_to(
+        self,
+        frozen: Frozen,
+        x: Tensor,
+        scale: Float[Tensor, "out"] | None = None,
+        shift: Float[Tensor, "out"] | None = None,
+    ) -> Tensor:
+        """κ ⊙ s·B·A·x, and a shift: the small B is scaled, not the large output."""
+        if self.dropout is not None:
+            x = self.dropout(x)
+        factor = self.scaling if scale is None else (self.scaling * scale)[:, None]
+        B = (factor * self.B).to(self.A.dtype)
+        return frozen.expand(frozen.compress(x, self.A), B, shift)
 
-    def low_rank(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
-        """s·B·A·x."""
-        return self.scaling * functional.linear(functional.linear(x, self.A), self.B)
+
+class Added:
+    """How updates without magnitudes join: Wt = W0 + Σ s·B·A.
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+        Those that take part.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = adapters
+
+    def __call__(self, frozen: Frozen, x: Tensor) -> Tensor:
+        """Apply Wt, and the bias."""
+        out = frozen(x)
+        for adapter in self.adapters:
+            out = out + adapter.apply_to(frozen, x)
+        return out
+
+    def update(self, frozen: Frozen) -> Update | None:  # noqa: ARG002
+        """Give what turns W0 into Wt; None where there is nothing."""
+        return joined_update(self.adapters)
+
+    def forget(self) -> None:
+        """Drop what was kept: nothing is."""

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from wda.adapters.dora import DoRALinear
+from wda.adapters.adapter import Adapter
+from wda.adapters.frozen import Frozen
+from wda.updates import LowRank
 
 
-class MagnitudeLinear(DoRALinear):
-    """A linear layer of which only the length of each output feature's weights is trained.
-
-    It is DoRA of rank 0.
+class MagnitudeOnly(Adapter):
+    """No update of the direction: δ = 0, of rank 0.
 
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
-        The layer to wrap; its parameters are frozen.
+    frozen : Frozen
+        The layer it goes into.
     """
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base, rank=0, scaling=1.0)
-        self.A.requires_grad_(False)
-        self.B.requires_grad_(False)
+    def __init__(self, frozen: Frozen) -> None:
+        super().__init__()
+        self._shape = frozen.weight.shape
+
+    @property
+    def rank(self) -> int:
+        """Zero."""
+        return 0
+
+    @property
+    def update(self) -> LowRank:
+        """δ = 0, with factors of rank 0."""
+        out_features, features = self._shape
+        return LowRank(torch.empty(0, features), torch.empty(out_features, 0), 1.0)
+
+    def apply_to(
+        self,
+        frozen: Frozen,
+        x: Tensor,  # noqa: ARG002
+        scale: Float[Tensor, "out"] | None = None,
+        shift: Float[Tensor, "out"] | None = None,
+    ) -> Tensor:
+        """Nothing but the shift of each output feature."""
+        assert scale is not None
+        return frozen.along(scale.new_zeros(()) if shift is None else shift)

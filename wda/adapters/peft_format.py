@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from wda.adapters.adapter import Adapter
 from wda.adapters.config import AdapterConfig
-from wda.adapters.layer import is_conv1d
-from wda.adapters.lora import LoRALinear
-from wda.adapters.merge import require_apart
+from wda.adapters.frozen import FrozenConv, FrozenEmbedding, is_conv1d
+from wda.adapters.layer import AdaptedLayer
+from wda.adapters.lora import LoRA
+from wda.adapters.merge import adapted_layers, require_apart
+from wda.adapters.vera import INITIAL, VeRA
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.found import CONFIG_FILE
 from wda.errors import CheckpointError, listing
@@ -24,12 +28,8 @@ _FILE = "adapter_model.safetensors"
 # The release of PEFT whose reading of patterns and of Conv1D's magnitudes is meant.
 _VERSION = "0.18.0"
 
-# Parameter of our modules → what PEFT calls it on disk.
-_PEFT_NAMES = {
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-}
+# Where VeRA's projections stand, once for all layers.
+_PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
 def save_adapter(
@@ -39,6 +39,7 @@ def save_adapter(
     base: str,
     trained_whole: tuple[str, ...] = (),
     task_type: str | None = None,
+    name: str = "default",
 ) -> None:
     """Save a model's adapters as a PEFT folder, whole or not at all.
 
@@ -56,34 +57,44 @@ def save_adapter(
         Modules that were trained whole; saved beside the adapters.
     task_type : str, optional
         PEFT's name of the task, such as ``"SEQ_CLS"``.
+    name : str
+        Which of the model's adapters.
     """
-    adapted = _adapted_modules(model)
+    layers = _layers(model, name)
     described = {
-        "peft_type": "LORA",
         "peft_version": _VERSION,
         "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "rank_pattern": {f"^{re.escape(name)}": 1 for name, m in adapted.items() if not len(m.A)},
-        "use_dora": config.decomposed,
-        "use_rslora": config.method == "rslora",
+        **(_of_vera(config) if config.shares_projections else _of_lora(config, layers, name)),
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in adapted.values()),
-        "init_lora_weights": True,
-        "target_modules": sorted(adapted),
+        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
+        "target_modules": sorted(layers),
         "modules_to_save": list(trained_whole) or None,
     }
-    tensors = {name: _stored(p) for name, p in _named(model, trained_whole)}
+    tensors = {key: t.detach().cpu().contiguous() for key, t in _named(model, trained_whole, name)}
+    tensors |= _placeholders(layers, name)
     with staged_folder(folder) as scratch:
         save_file(tensors, scratch / _FILE, metadata={"format": "pt"})
         (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, folder: Path, trained_whole: tuple[str, ...] = ()) -> None:
-    """Load the adapters of a folder into a model that has the same ones injected.
+def load_adapter(
+    model: nn.Module, folder: Path, trained_whole: tuple[str, ...] = (), name: str = "default"
+) -> None:
+    """Load the adapter of a folder into a model that has the same one injected.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that :func:`wda.adapters.inject` changed.
+    folder : Path
+        What :func:`save_adapter` wrote.
+    trained_whole : tuple of str
+        Modules that were trained whole.
+    name : str
+        Which of the model's adapters.
 
     Raises
     ------
@@ -94,38 +105,104 @@ def load_adapter(model: nn.Module, folder: Path, trained_whole: tuple[str, ...] 
     """
     require_apart(model, "those of a file would change nothing")
     stored = load_file(folder / _FILE)
-    wanted = dict(_named(model, trained_whole))
-    if set(stored) != set(wanted):
+    wanted = dict(_named(model, trained_whole, name))
+    placeholders = _placeholders(_layers(model, name), name)
+    if set(stored) != {*wanted, *placeholders}:
         raise CheckpointError(
             f"{folder}: does not hold this model's adapters; differing: "
-            f"{listing(sorted(set(stored) ^ set(wanted)), 6)}"
+            f"{listing(sorted(set(stored) ^ {*wanted, *placeholders}), 6)}"
         )
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            if parameter.numel() > 0:
-                parameter.copy_(stored[name])
+        for key, tensor in wanted.items():
+            tensor.copy_(stored[key])
 
 
-def _stored(parameter: nn.Parameter) -> Tensor:
-    """Give a tensor as it is saved: rank 0, which PEFT does not know, as rank 1 of zeros."""
-    tensor = parameter.detach().cpu().contiguous()
-    return tensor if tensor.numel() else tensor.new_zeros([max(n, 1) for n in tensor.shape])
+def _of_lora(
+    config: AdapterConfig, layers: Mapping[str, AdaptedLayer], name: str
+) -> dict[str, object]:
+    """Give what PEFT's configuration says of LoRA and DoRA alone."""
+    scaled = [module for module, layer in layers.items() if not _adapter(layer, name).rank]
+    return {
+        "peft_type": "LORA",
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "rank_pattern": {f"^{re.escape(module)}": 1 for module in scaled},
+        "use_dora": config.decomposed,
+        "use_rslora": config.method == "rslora",
+        "init_lora_weights": True,
+    }
 
 
-def _adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+def _of_vera(config: AdapterConfig) -> dict[str, object]:
+    """Give what PEFT's configuration says of VeRA alone."""
+    return {
+        "peft_type": "VERA",
+        "vera_dropout": config.dropout,
+        "projection_prng_key": 0,  # PEFT asks for one, and does not use it beside the projections
+        "save_projection": True,
+        "d_initial": INITIAL,
+        "init_weights": True,
+    }
 
 
-def _named(model: nn.Module, trained_whole: tuple[str, ...]) -> list[tuple[str, nn.Parameter]]:
-    """Name the trained tensors as PEFT does."""
-    adapters = [
-        (f"{PREFIX}{module}.{_PEFT_NAMES[name]}", parameter)
-        for module, layer in _adapted_modules(model).items()
-        for name, parameter in layer.named_parameters(recurse=False)
-    ]
-    whole = [
-        (f"{PREFIX}{module}.{name}", parameter)
-        for module in trained_whole
-        for name, parameter in model.get_submodule(module).named_parameters()
-    ]
-    return adapters + whole
+def _layers(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    return {m: layer for m, layer in adapted_layers(model).items() if name in layer.configs}
+
+
+def _adapter(layer: AdaptedLayer, name: str) -> Adapter:
+    adapter = layer.adapters[name]
+    assert isinstance(adapter, Adapter)
+    return adapter
+
+
+def _named(
+    model: nn.Module, trained_whole: tuple[str, ...], name: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Name what is saved as PEFT does, in the shapes that PEFT gives it."""
+    shared: VeRA | None = None
+    for module, layer in _layers(model, name).items():
+        adapter = _adapter(layer, name)
+        shared = adapter if isinstance(adapter, VeRA) else shared
+        for key, tensor in _named_in_layer(layer, adapter):
+            yield f"{PREFIX}{module}.{key}", tensor
+    if shared is not None:
+        yield from zip(_PROJECTIONS, shared.projections.buffers(), strict=True)
+    for module in trained_whole:
+        for key, parameter in model.get_submodule(module).named_parameters():
+            yield f"{PREFIX}{module}.{key}", parameter
+
+
+def _named_in_layer(layer: AdaptedLayer, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    frozen = layer.frozen
+    if isinstance(adapter, LoRA) and isinstance(frozen, FrozenEmbedding):
+        yield "lora_embedding_A", adapter.A
+        yield "lora_embedding_B", adapter.B
+    elif isinstance(adapter, LoRA):
+        yield (
+            "lora_A.weight",
+            frozen.as_stored(adapter.A) if isinstance(frozen, FrozenConv) else adapter.A,
+        )
+        yield "lora_B.weight", frozen.along(adapter.B)
+    elif isinstance(adapter, VeRA):
+        yield "vera_lambda_b", adapter.lambda_b
+        yield "vera_lambda_d", adapter.lambda_d
+    if adapter.magnitude is not None:
+        magnitude = adapter.magnitude
+        yield (
+            "lora_magnitude_vector",
+            (frozen.along(magnitude)[None] if isinstance(frozen, FrozenConv) else magnitude),
+        )
+
+
+def _placeholders(layers: Mapping[str, AdaptedLayer], name: str) -> dict[str, Tensor]:
+    """Give rank 1 of zeros for rank 0, which PEFT does not know."""
+    zeros: dict[str, Tensor] = {}
+    for module, layer in layers.items():
+        adapter = _adapter(layer, name)
+        if adapter.rank == 0:
+            of_rank_one = LoRA(layer.frozen, 1, 1.0)
+            nn.init.zeros_(of_rank_one.A)
+            nn.init.zeros_(of_rank_one.B)
+            for key, tensor in _named_in_layer(layer, of_rank_one):
+                zeros[f"{PREFIX}{module}.{key}"] = tensor.detach().cpu()
+    return zeros

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from torch import Tensor, nn
 
-from wda.adapters.layer import AdaptedLayer, is_conv1d
+from wda.adapters.frozen import kind_of
+from wda.adapters.layer import AdaptedLayer
 from wda.errors import SelectionError, listing
 from wda.naming import Matrix, find_matrices, select
 
@@ -51,7 +52,7 @@ def check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
     SelectionError
         Naming the smallest of the matrices.
     """
-    shapes = {module: tuple(_weight(model, module).shape) for module in modules}
+    shapes = {module: tuple(_weight(model, module).flatten(1).shape) for module in modules}
     smallest = min(shapes, key=lambda module: min(shapes[module]))
     most = min(shapes[smallest])
     if rank > most:
@@ -62,9 +63,19 @@ def check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Give the shapes of all parameters, those that several modules share under each name."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: tuple(parameter.shape) for name, parameter in parameters}
+    """Give the shapes of all of the model's own parameters, of shared ones under each name."""
+    return {name: tuple(parameter.shape) for name, parameter in _own_parameters(model)}
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give the parameters as they were called before there were adapters."""
+    adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptedLayer)]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module = next((a for a in adapted if name.startswith(f"{a}.")), None)
+        if module is None:
+            yield name, parameter
+        elif name.startswith(f"{module}.base_layer."):
+            yield name.replace(f"{module}.base_layer.", f"{module}.", 1), parameter
 
 
 def _select(matrices: Sequence[Matrix], wanted: Sequence[str], field: str) -> list[Matrix]:
@@ -86,17 +97,24 @@ def _names(matrices: Sequence[Matrix]) -> list[str]:
 
 
 def _refuse_other_kinds(model: nn.Module, modules: Sequence[str], field: str) -> None:
-    layers = {module: model.get_submodule(module) for module in modules}
-    if again := [m for m in modules if _parent_is_adapted(model, m)]:
-        raise SelectionError(
-            f"{field}: {listing(again, 4)} belong to an adapter already; inject into a model "
-            "without adapters"
-        )
-    if others := [m for m, layer in layers.items() if not _is_linear(layer)]:
+    layers = {module: base_layer(model, module) for module in modules}
+    if others := [m for m, layer in layers.items() if kind_of(layer) is None]:
         kinds = sorted({type(layers[m]).__name__ for m in others})
         raise SelectionError(
-            f"{field}: adapters go into nn.Linear and Conv1D layers; {listing(others, 4)} are "
-            f"{listing(kinds)}; choose other {field}"
+            f"{field}: adapters go into nn.Linear, GPT-2's Conv1D, nn.Embedding, nn.Conv1d and "
+            f"nn.Conv2d; {listing(others, 4)} are {listing(kinds)}; choose other {field}"
+        )
+    grouped = [m for m, layer in layers.items() if getattr(layer, "groups", 1) != 1]
+    if grouped:
+        raise SelectionError(
+            f"{field}: {listing(grouped, 4)} convolve in groups, each with a small matrix of its "
+            f"own, to which no update of low rank belongs; choose other {field}"
+        )
+    clipped = [m for m, layer in layers.items() if getattr(layer, "max_norm", None) is not None]
+    if clipped:
+        raise SelectionError(
+            f"{field}: {listing(clipped, 4)} shorten their vectors in every forward pass "
+            f"(max_norm), so there is no W0; choose other {field}"
         )
     packed = [m for m in modules if not _weight(model, m).is_floating_point()]
     if packed:
@@ -124,7 +142,7 @@ def _refuse_parts(matrices: Sequence[Matrix], chosen: Sequence[Matrix], field: s
 def _refuse_tied(model: nn.Module, modules: Sequence[str], field: str) -> None:
     """Refuse a weight that two modules share: adapted in one, it would differ from the other."""
     chosen = {id(_weight(model, module)): module for module in modules}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in _own_parameters(model):
         module = chosen.get(id(parameter), "")
         other = name.rpartition(".")[0]
         if module and other != module:
@@ -134,15 +152,13 @@ def _refuse_tied(model: nn.Module, modules: Sequence[str], field: str) -> None:
             )
 
 
-def _parent_is_adapted(model: nn.Module, module: str) -> bool:
-    return isinstance(model.get_submodule(module.rpartition(".")[0]), AdaptedLayer)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+def base_layer(model: nn.Module, module: str) -> nn.Module:
+    """Give a model's layer, without the adapters it may have."""
+    layer = model.get_submodule(module)
+    return layer.base_layer if isinstance(layer, AdaptedLayer) else layer
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:
-    weight = model.get_submodule(module).weight
+    weight = base_layer(model, module).weight
     assert isinstance(weight, Tensor)
     return weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from wda.adapters import DoRALinear, LoRALinear
+from wda.adapters import AdaptedLayer
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.state_dicts import plain_name
 from wda.errors import ModelError
@@ -106,12 +106,9 @@ def _whole(model: nn.Module) -> Iterator[tuple[str, Weight]]:
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     tuners, lora = _peft_layers()
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            if module.is_merged:
-                raise ModelError(f"{name}: its adapter is merged; it is measured while it is apart")
-            direction = LowRank(module.A, module.B, module.scaling)
-            magnitude = module.magnitude if isinstance(module, DoRALinear) else None
-            yield _plain(name), _weight(name, module.base_layer, direction, magnitude)
+        if isinstance(module, AdaptedLayer):
+            if found := _of_ours(name, module):
+                yield _plain(name), found
         elif isinstance(module, lora):
             if found := _of_peft(model, name, module):
                 yield _plain(name), found
@@ -120,6 +117,20 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Weight]]:
                 f"{name}: is a {type(module).__name__} of peft, of which only LoRA and DoRA are "
                 f"measured while they train; {_INSTEAD}"
             )
+
+
+def _of_ours(name: str, layer: AdaptedLayer) -> Weight | None:
+    """Give the weight of a layer of ours; None where none of its adapters takes part."""
+    if layer.is_merged:
+        raise ModelError(f"{name}: its adapter is merged; it is measured while it is apart")
+    update = layer.update
+    if update is None:
+        return None
+    if isinstance(update, LowRank):
+        return _weight(name, layer.base_layer, update)
+    if isinstance(update, WeightDecomposed) and isinstance(update.direction, LowRank):
+        return _weight(name, layer.base_layer, update.direction, update.magnitude)
+    raise ModelError(f"{name}: has magnitudes of input features; {_INSTEAD}")
 
 
 def _peft_layers() -> tuple[tuple[type, ...], tuple[type, ...]]:

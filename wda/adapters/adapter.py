@@ -1,0 +1,59 @@
+"""What one adapter is to one layer: a direction's update of low rank, and perhaps a magnitude."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wda.adapters.frozen import Frozen
+from wda.updates import LowRank
+
+
+class Adapter(nn.Module, ABC):
+    """An update of one layer's weight.
+
+    Attributes
+    ----------
+    magnitude : nn.Parameter or None
+        m, one number per output feature, where the weight is decomposed.
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("magnitude", None)
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The rank of δ; 0 where the direction is not trained."""
+
+    @property
+    @abstractmethod
+    def update(self) -> LowRank:
+        """δ = s·B·A, differentiable."""
+
+    @abstractmethod
+    def apply_to(
+        self,
+        frozen: Frozen,
+        x: Tensor,
+        scale: Float[Tensor, "out"] | None = None,
+        shift: Float[Tensor, "out"] | None = None,
+    ) -> Tensor:
+        """κ ⊙ B·A·x, and a shift of each output feature, without forming B·A."""
+
+
+def joined_update(adapters: Sequence[Adapter]) -> LowRank | None:
+    """Give Σ δ of several adapters as one; None where no direction is updated."""
+    updates = [adapter.update for adapter in adapters if adapter.rank > 0]
+    if len(updates) <= 1:
+        return updates[0] if updates else None
+    A = torch.cat([update.A for update in updates])
+    B = torch.cat([update.scaling * update.B for update in updates], dim=1)
+    return LowRank(A, B, 1.0)

@@ -1,0 +1,102 @@
+"""VeRA: y = W0·x + λ_b ⊙ B·(λ_d ⊙ A·x), A and B random, frozen and shared (arXiv 2310.11454)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wda.adapters.adapter import Adapter
+from wda.adapters.frozen import Frozen
+from wda.updates import LowRank
+
+# What λ_d starts at; λ_b starts at zero.
+INITIAL = 0.1
+
+
+class Projections(nn.Module):
+    """The random A and B of which every layer takes as much as it is large.
+
+    Both are Kaiming-uniform for a ReLU, as the method's authors and PEFT draw them.
+
+    Parameters
+    ----------
+    layers : iterable of Frozen
+        The layers that share them.
+    rank : int
+        r.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, layers: Iterable[Frozen], rank: int) -> None:
+        super().__init__()
+        weights = [layer.weight for layer in layers]
+        most_out = max(len(weight) for weight in weights)
+        most_features = max(weight.shape[1] for weight in weights)
+        A, B = torch.empty(rank, most_features), torch.empty(most_out, rank)
+        for factor in (A, B):
+            nn.init.kaiming_uniform_(factor)
+        # Every layer would repeat them in a state dict; the adapter's file holds them once.
+        self.register_buffer("A", A.to(weights[0]), persistent=False)
+        self.register_buffer("B", B.to(weights[0]), persistent=False)
+
+
+class VeRA(Adapter):
+    """An update of which two vectors are trained, δ = diag(λ_b)·B·diag(λ_d)·A.
+
+    It starts at zero, so that the layer starts as it was.
+
+    Parameters
+    ----------
+    frozen : Frozen
+        The layer it goes into.
+    projections : Projections
+        A and B, shared with other layers.
+    dropout : float
+        Share of the input's features that A does not see in a training step.
+    """
+
+    def __init__(self, frozen: Frozen, projections: Projections, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.projections = projections  # a module, not its tensors, so that moving keeps it shared
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self._shape = frozen.weight.shape
+        new = frozen.weight.new_full
+        self.lambda_d = nn.Parameter(new((len(projections.A),), INITIAL))
+        self.lambda_b = nn.Parameter(new((self._shape[0],), 0.0))
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update."""
+        return len(self.lambda_d)
+
+    def projected(self) -> tuple[Float[Tensor, "rank features"], Float[Tensor, "out rank"]]:
+        """Give A and B, as many columns and rows of the shared ones as the layer has."""
+        out_features, features = self._shape
+        return self.projections.A[:, :features], self.projections.B[:out_features]
+
+    @property
+    def update(self) -> LowRank:
+        """δ = [λ_b ⊙ B ⊙ λ_d]·A."""
+        A, B = self.projected()
+        return LowRank(A, self.lambda_b[:, None] * B * self.lambda_d, 1.0)
+
+    def apply_to(
+        self,
+        frozen: Frozen,
+        x: Tensor,
+        scale: Float[Tensor, "out"] | None = None,
+        shift: Float[Tensor, "out"] | None = None,
+    ) -> Tensor:
+        """κ ⊙ λ_b ⊙ B·(λ_d ⊙ A·x), and a shift: r is large, so the features are scaled, not B."""
+        if self.dropout is not None:
+            x = self.dropout(x)
+        A, B = self.projected()
+        hidden = frozen.along(self.lambda_d) * frozen.compress(x, A)
+        factor = self.lambda_b if scale is None else scale * self.lambda_b
+        out = frozen.along(factor) * frozen.expand(hidden, B, None)
+        return out if shift is None else out + frozen.along(shift)

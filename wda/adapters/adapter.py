@@ -38,15 +38,23 @@ class Adapter(nn.Module, ABC):
     def update(self) -> LowRank:
         """δ = s·B·A, differentiable."""
 
+    @property
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All that the update depends on, and m."""
+
+    @abstractmethod
+    def left(self, scale: Float[Tensor, "out"] | None) -> Tensor:
+        """Give what multiplies from the left in κ ⊙ s·B·A, small as it is; without κ, in s·B·A."""
+
     @abstractmethod
     def apply_to(
-        self,
-        frozen: Frozen,
-        x: Tensor,
-        scale: Float[Tensor, "out"] | None = None,
-        shift: Float[Tensor, "out"] | None = None,
+        self, frozen: Frozen, x: Tensor, left: Tensor, shift: Float[Tensor, "out"] | None = None
     ) -> Tensor:
-        """κ ⊙ B·A·x, and a shift of each output feature, without forming B·A."""
+        """Apply κ ⊙ s·B·A, given what is left in it, and shift each output feature.
+
+        B·A is not formed.
+        """
 
 
 def joined_update(adapters: Sequence[Adapter]) -> LowRank | None:

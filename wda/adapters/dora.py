@@ -19,6 +19,9 @@ from wda.updates import Update, WeightDecomposed, column_scaled, inner_products
 
 Per = Literal["output", "input"]
 
+# κ, the shift of the output, and what κ scales of every adapter.
+Scaled = tuple[Tensor, Tensor | None, list[Tensor]]
+
 
 class Decomposed:
     """How updates with magnitudes join: Wt = m ⊙ V/‖V‖ with V = W0 + Σ B·A.
@@ -43,8 +46,10 @@ class Decomposed:
         self.adapters = adapters
         self.full_gradient = full_gradient
         self.per = per
-        self._squares, self._scale = Kept(), Kept()
-        self._projected, self._gram = Kept(), Kept()
+        self._squares: Kept[Tensor] = Kept()
+        self._projected: Kept[Tensor] = Kept()
+        self._gram: Kept[Tensor] = Kept()
+        self._kept: Kept[Scaled] = Kept()
 
     def __call__(self, frozen: Frozen, x: Tensor) -> Tensor:
         """Apply Wt, and the bias.
@@ -53,32 +58,44 @@ class Decomposed:
         float32 where the layer is less precise: rounded to half precision, κ near 1 would lose
         what the adapter changes. While κ is 1 no bit changes.
         """
-        scale = self.scale(frozen)
+        scale, shift, lefts = self._scaled(frozen)
         if self.per == "input":
             x = (scale * x).to(x.dtype)
-            changes = [adapter.apply_to(frozen, x) for adapter in self.adapters]
-            return sum(changes, start=frozen(x))
-        out, bias = frozen(x), frozen.bias
-        shift = None if bias is None else ((1 - scale) * bias).to(bias.dtype)
-        first, *others = self.adapters
-        change = first.apply_to(frozen, x, scale, shift)
-        for adapter in others:
-            change = change + adapter.apply_to(frozen, x, scale)
+            return frozen(x) + self._change(frozen, x, lefts, None)
+        out = frozen(x)
+        change = self._change(frozen, x, lefts, shift)
         return torch.addcmul(change, frozen.along(scale), out).to(out.dtype)
 
-    def scale(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
-        """κ = m/‖V‖ of every vector; 0 where V is zero and has no direction to scale.
+    def _change(
+        self, frozen: Frozen, x: Tensor, lefts: Sequence[Tensor], shift: Tensor | None
+    ) -> Tensor:
+        """Apply the sum of the adapters' updates, and shift."""
+        first, *others = self.adapters
+        change = first.apply_to(frozen, x, lefts[0], shift)
+        for adapter, left in zip(others, lefts[1:], strict=True):
+            change = change + adapter.apply_to(frozen, x, left)
+        return change
 
-        Outside of training it is kept until a parameter changes, and computed once for all the
+    def _scaled(self, frozen: Frozen) -> Scaled:
+        """Give κ, (1 − κ) ⊙ bias and what κ scales of every adapter.
+
+        Outside of training they are kept until a parameter changes, and computed once for all the
         tokens that are generated.
         """
         sources = [frozen.layer.weight]
         for adapter in self.adapters:
-            sources += [*adapter.parameters(), *adapter.buffers()]
+            sources += adapter.tensors
         learns = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if frozen.layer.training or learns:
-            return self._current_scale(frozen)
-        return self._scale.get(lambda: self._current_scale(frozen), sources)
+            return self._scale_now(frozen)
+        return self._kept.get(lambda: self._scale_now(frozen), sources)
+
+    def _scale_now(self, frozen: Frozen) -> Scaled:
+        scale, bias = self.scale(frozen), frozen.bias
+        if self.per == "input":
+            return scale, None, [adapter.left(None) for adapter in self.adapters]
+        shift = None if bias is None else ((1 - scale) * bias).to(bias.dtype)
+        return scale, shift, [adapter.left(scale) for adapter in self.adapters]
 
     def update(self, frozen: Frozen) -> Update:
         """Give what turns W0 into Wt."""
@@ -90,9 +107,10 @@ class Decomposed:
 
     def forget(self) -> None:
         """Drop what was kept."""
-        self._scale.forget()
+        self._kept.forget()
 
-    def _current_scale(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+    def scale(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
+        """κ = m/‖V‖ of every vector; 0 where V is zero and has no direction to scale."""
         norm = self.direction_norm(frozen)
         return torch.where(norm > 0, self.magnitude(frozen) / torch.where(norm > 0, norm, 1), 0)
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 # Which tensor, of which dtype, and how often it was changed in place.
 _State = tuple[int, torch.dtype, int]
 
 
-class Kept:
-    """A tensor without gradient, kept until one of its sources changes."""
+class Kept(Generic[Value]):
+    """What is made of tensors without gradient, kept until one of its sources changes."""
 
     def __init__(self) -> None:
-        self._value: Tensor | None = None
+        self._value: Value | None = None
         self._of: list[_State] = []
 
-    def get(self, compute: Callable[[], Tensor], sources: list[Tensor]) -> Tensor:
+    def get(self, compute: Callable[[], Value], sources: list[Tensor]) -> Value:
         """Give the value, computed anew where a source has changed.
 
         Parameters

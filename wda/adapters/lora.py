@@ -52,19 +52,23 @@ class LoRA(Adapter):
         """δ = s·B·A."""
         return LowRank(self.A, self.B, self.scaling)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """A, B and perhaps m."""
+        return [t for t in (self.A, self.B, self.magnitude) if t is not None]
+
+    def left(self, scale: Float[Tensor, "out"] | None) -> Float[Tensor, "out rank"]:
+        """Give κ ⊙ s·B."""
+        factor = self.scaling if scale is None else (self.scaling * scale)[:, None]
+        return (factor * self.B).to(self.B.dtype)
+
     def apply_to(
-        self,
-        frozen: Frozen,
-        x: Tensor,
-        scale: Float[Tensor, "out"] | None = None,
-        shift: Float[Tensor, "out"] | None = None,
+        self, frozen: Frozen, x: Tensor, left: Tensor, shift: Float[Tensor, "out"] | None = None
     ) -> Tensor:
-        """κ ⊙ s·B·A·x, and a shift: the small B is scaled, not the large output."""
+        """Apply [κ ⊙ s·B]·A, and shift."""
         if self.dropout is not None:
             x = self.dropout(x)
-        factor = self.scaling if scale is None else (self.scaling * scale)[:, None]
-        B = (factor * self.B).to(self.A.dtype)
-        return frozen.expand(frozen.compress(x, self.A), B, shift)
+        return frozen.expand(frozen.compress(x, self.A), left, shift)
 
 
 class Added:
@@ -83,7 +87,7 @@ class Added:
         """Apply Wt, and the bias."""
         out = frozen(x)
         for adapter in self.adapters:
-            out = out + adapter.apply_to(frozen, x)
+            out = out + adapter.apply_to(frozen, x, adapter.left(None))
         return out
 
     def update(self, frozen: Frozen) -> Update | None:  # noqa: ARG002

@@ -35,13 +35,22 @@ class MagnitudeOnly(Adapter):
         out_features, features = self._shape
         return LowRank(torch.empty(0, features), torch.empty(out_features, 0), 1.0)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """m alone."""  # noqa: D403
+        return [] if self.magnitude is None else [self.magnitude]
+
+    def left(self, scale: Float[Tensor, "out"] | None) -> Tensor:  # noqa: ARG002
+        """Give zero."""
+        assert self.magnitude is not None
+        return self.magnitude.new_zeros(())
+
     def apply_to(
         self,
         frozen: Frozen,
         x: Tensor,  # noqa: ARG002
-        scale: Float[Tensor, "out"] | None = None,
+        left: Tensor,
         shift: Float[Tensor, "out"] | None = None,
     ) -> Tensor:
-        """Nothing but the shift of each output feature."""
-        assert scale is not None
-        return frozen.along(scale.new_zeros(()) if shift is None else shift)
+        """Shift, and nothing else."""
+        return left if shift is None else frozen.along(shift)

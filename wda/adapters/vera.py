@@ -85,18 +85,23 @@ class VeRA(Adapter):
         A, B = self.projected()
         return LowRank(A, self.lambda_b[:, None] * B * self.lambda_d, 1.0)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """λ_d, λ_b, A, B and perhaps m."""
+        tensors = (self.lambda_d, self.lambda_b, *self.projected(), self.magnitude)
+        return [t for t in tensors if t is not None]
+
+    def left(self, scale: Float[Tensor, "out"] | None) -> Float[Tensor, "out"]:
+        """Give κ ⊙ λ_b: r is large here, so the features are scaled, not B."""
+        return self.lambda_b if scale is None else (scale * self.lambda_b).to(self.lambda_b.dtype)
+
     def apply_to(
-        self,
-        frozen: Frozen,
-        x: Tensor,
-        scale: Float[Tensor, "out"] | None = None,
-        shift: Float[Tensor, "out"] | None = None,
+        self, frozen: Frozen, x: Tensor, left: Tensor, shift: Float[Tensor, "out"] | None = None
     ) -> Tensor:
-        """κ ⊙ λ_b ⊙ B·(λ_d ⊙ A·x), and a shift: r is large, so the features are scaled, not B."""
+        """Apply κ ⊙ λ_b ⊙ B·(λ_d ⊙ A·x), and shift."""
         if self.dropout is not None:
             x = self.dropout(x)
         A, B = self.projected()
         hidden = frozen.along(self.lambda_d) * frozen.compress(x, A)
-        factor = self.lambda_b if scale is None else scale * self.lambda_b
-        out = frozen.along(factor) * frozen.expand(hidden, B, None)
+        out = frozen.along(left) * frozen.expand(hidden, B, None)
         return out if shift is None else out + frozen.along(shift)

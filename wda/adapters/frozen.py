@@ -59,6 +59,10 @@ class Frozen(ABC):
     def as_stored(self, matrix: Float[Tensor, "out features"]) -> Tensor:
         """See a matrix as the layer stores it."""
 
+    def as_kernels(self, A: Float[Tensor, "rank features"]) -> Tensor:
+        """See the rows of A as the layer stores the weight of an output feature."""
+        return A
+
     @abstractmethod
     def compress(self, x: Tensor, A: Float[Tensor, "rank features"]) -> Tensor:
         """A·x: the input in rank features."""
@@ -139,12 +143,15 @@ class FrozenConv(Frozen):
 
     def as_stored(self, matrix: Float[Tensor, "out features"]) -> Tensor:
         """Put the places on axes of their own."""
-        return matrix.view(len(matrix), *self.layer.weight.shape[1:])
+        return self.as_kernels(matrix)
+
+    def as_kernels(self, A: Float[Tensor, "rank features"]) -> Tensor:
+        """Put the places on axes of their own."""
+        return A.view(len(A), *self.layer.weight.shape[1:])
 
     def compress(self, x: Tensor, A: Float[Tensor, "rank features"]) -> Tensor:
         """Convolve, padded and with the steps of the layer, to rank channels."""
-        kernel = A.view(len(A), *self.layer.weight.shape[1:])
-        return self.layer._conv_forward(x, kernel, None)  # type: ignore[no-any-return]
+        return self.layer._conv_forward(x, self.as_kernels(A), None)  # type: ignore[no-any-return]
 
     def expand(self, h: Tensor, B: Float[Tensor, "out rank"], shift: Tensor | None) -> Tensor:
         """Convolve with kernels of size one, and shift each channel."""

@@ -1,4 +1,8 @@
-"""Adapters on disk in PEFT's layout, so that ``peft.PeftModel.from_pretrained`` loads them."""
+"""Adapters on disk in PEFT's layout, so that ``peft.PeftModel.from_pretrained`` loads them.
+
+What PEFT does not know goes by a ``peft_type`` of its own, so that PEFT refuses it rather than
+misread it: ``DVORA``, and ``DORA_PER_INPUT``.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,14 @@ from torch import Tensor, nn
 
 from wda.adapters.adapter import Adapter
 from wda.adapters.config import AdapterConfig
-from wda.adapters.frozen import FrozenConv, FrozenEmbedding, is_conv1d
+from wda.adapters.frozen import Frozen, FrozenConv, FrozenEmbedding, is_conv1d
 from wda.adapters.layer import AdaptedLayer
 from wda.adapters.lora import LoRA
 from wda.adapters.merge import adapted_layers, require_apart
 from wda.adapters.vera import INITIAL, VeRA
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.found import CONFIG_FILE
+from wda.checkpoints.peft.lora import PER_INPUT
 from wda.errors import CheckpointError, listing
 from wda.files import staged_folder
 
@@ -123,7 +128,7 @@ def _of_lora(
     """Give what PEFT's configuration says of LoRA and DoRA alone."""
     scaled = [module for module, layer in layers.items() if not _adapter(layer, name).rank]
     return {
-        "peft_type": "LORA",
+        "peft_type": "LORA" if config.per == "output" else PER_INPUT,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "rank_pattern": {f"^{re.escape(module)}": 1 for module in scaled},
@@ -136,7 +141,7 @@ def _of_lora(
 def _of_vera(config: AdapterConfig) -> dict[str, object]:
     """Give what PEFT's configuration says of VeRA alone."""
     return {
-        "peft_type": "VERA",
+        "peft_type": config.method.upper(),
         "vera_dropout": config.dropout,
         "projection_prng_key": 0,  # PEFT asks for one, and does not use it beside the projections
         "save_projection": True,
@@ -163,7 +168,7 @@ def _named(
     for module, layer in _layers(model, name).items():
         adapter = _adapter(layer, name)
         shared = adapter if isinstance(adapter, VeRA) else shared
-        for key, tensor in _named_in_layer(layer, adapter):
+        for key, tensor in _named_in_layer(layer.frozen, adapter, layer.configs[name]):
             yield f"{PREFIX}{module}.{key}", tensor
     if shared is not None:
         yield from zip(_PROJECTIONS, shared.projections.buffers(), strict=True)
@@ -172,37 +177,31 @@ def _named(
             yield f"{PREFIX}{module}.{key}", parameter
 
 
-def _named_in_layer(layer: AdaptedLayer, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    frozen = layer.frozen
-    if isinstance(adapter, LoRA) and isinstance(frozen, FrozenEmbedding):
+def _named_in_layer(
+    frozen: Frozen, adapter: Adapter, config: AdapterConfig
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(adapter, VeRA):
+        yield "vera_lambda_b", adapter.lambda_b
+        yield "vera_lambda_d", adapter.lambda_d
+    elif isinstance(adapter, LoRA) and isinstance(frozen, FrozenEmbedding):
         yield "lora_embedding_A", adapter.A
         yield "lora_embedding_B", adapter.B
     elif isinstance(adapter, LoRA):
-        yield (
-            "lora_A.weight",
-            frozen.as_stored(adapter.A) if isinstance(frozen, FrozenConv) else adapter.A,
-        )
+        yield "lora_A.weight", frozen.as_kernels(adapter.A)
         yield "lora_B.weight", frozen.along(adapter.B)
-    elif isinstance(adapter, VeRA):
-        yield "vera_lambda_b", adapter.lambda_b
-        yield "vera_lambda_d", adapter.lambda_d
-    if adapter.magnitude is not None:
-        magnitude = adapter.magnitude
-        yield (
-            "lora_magnitude_vector",
-            (frozen.along(magnitude)[None] if isinstance(frozen, FrozenConv) else magnitude),
-        )
+    if (m := adapter.magnitude) is not None:
+        family = "vera" if config.shares_projections else "lora"
+        channels = frozen.along(m)[None] if isinstance(frozen, FrozenConv) else m
+        yield f"{family}_magnitude_vector", channels
 
 
 def _placeholders(layers: Mapping[str, AdaptedLayer], name: str) -> dict[str, Tensor]:
-    """Give rank 1 of zeros for rank 0, which PEFT does not know."""
+    """Give rank 1 of zeros for rank 0, which PEFT does not know, where PEFT is to read it."""
     zeros: dict[str, Tensor] = {}
     for module, layer in layers.items():
-        adapter = _adapter(layer, name)
-        if adapter.rank == 0:
+        config = layer.configs[name]
+        if _adapter(layer, name).rank == 0 and config.per == "output" and config.method != "dvora":
             of_rank_one = LoRA(layer.frozen, 1, 1.0)
-            nn.init.zeros_(of_rank_one.A)
-            nn.init.zeros_(of_rank_one.B)
-            for key, tensor in _named_in_layer(layer, of_rank_one):
-                zeros[f"{PREFIX}{module}.{key}"] = tensor.detach().cpu()
+            for key, tensor in _named_in_layer(layer.frozen, of_rank_one, config):
+                zeros[f"{PREFIX}{module}.{key}"] = torch.zeros_like(tensor, device="cpu")
     return zeros

@@ -23,8 +23,10 @@ _SIGNS = (".lora_", ".vera_", ".hada_", ".lokr_", ".oft_", ".boft_", ".ia3_", ".
 
 _READERS: dict[str, Callable[[Found], Contents]] = {
     "LORA": lora.read,
+    lora.PER_INPUT: lora.read,
     "ADALORA": methods.read_adalora,
     "VERA": methods.read_vera,
+    "DVORA": methods.read_vera,
     "LOHA": methods.read_loha,
     "LOKR": methods.read_lokr,
     "OFT": methods.read_oft,

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from wda.checkpoints.factors import Names, sort_names
-from wda.checkpoints.forms import Decomposed, Factors, Form, Stored
+from wda.checkpoints.forms import Axis, Decomposed, Factors, Form, Stored
 from wda.checkpoints.found import CONFIG_FILE, Found
 from wda.checkpoints.fused_forms import BlockDiagonal
 from wda.checkpoints.peft import tokens
@@ -28,6 +28,9 @@ from wda.checkpoints.peft.initial import start_of
 from wda.checkpoints.peft.versions import rank_and_alpha, written_by
 from wda.checkpoints.rebased import StoredStart, started_from
 from wda.errors import CheckpointError, listing
+
+# What wda calls DoRA with a magnitude per input feature; PEFT would divide by other lengths.
+PER_INPUT = "DORA_PER_INPUT"
 
 # What a tensor is → how its name ends, after the module's path.
 _ENDINGS = {
@@ -63,7 +66,8 @@ def read(found: Found) -> Contents:
         return Contents(_merged_linears(found, names), "lora", names.frozen)
     experts, names = split_experts(found, names, partial(_scaled, found))
     scalings = {module: _scaling(found, module, names.rank(module)) for module in names["A"]}
-    forms = names.forms(scalings.__getitem__)
+    axis: Axis = "input" if found.config.get("peft_type") == PER_INPUT else "output"
+    forms = names.forms(scalings.__getitem__, lambda _module: axis)
     forms |= experts
     forms |= _embeddings(found, names)
     forms |= tokens.replaced_rows(names, found.config, "trainable_token_indices")

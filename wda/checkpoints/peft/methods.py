@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wda.checkpoints.factors import Names, sort_names
-from wda.checkpoints.forms import Axis, Form, Stored, Whole
+from wda.checkpoints.forms import Axis, Decomposed, Form, Nothing, Stored, Whole
 from wda.checkpoints.found import CONFIG_FILE, Found
 from wda.checkpoints.peft.contents import WHOLE, Contents, require
 from wda.checkpoints.peft.versions import rank_and_alpha, written_by
@@ -46,9 +46,13 @@ def read_adalora(found: Found) -> Contents:
 
 
 def read_vera(found: Found) -> Contents:
-    """Read VeRA: vectors of each module on projections that all share."""
+    """Read VeRA: vectors of each module on projections that all share.
+
+    DVoRA has magnitudes beside them; PEFT does not know it, and wda alone writes it.
+    """
     config = require(found, "r", "projection_prng_key")
-    names = _sorted(found, "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B")
+    kinds = ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "vera_magnitude_vector")
+    names = _sorted(found, *kinds)
     projections = _projections(names, config)
     forms: dict[str, Form] = {
         module: SharedFactors(
@@ -58,7 +62,10 @@ def read_vera(found: Found) -> Contents:
         )
         for module in names["vera_lambda_b"]
     }
-    return _contents(names, forms, "vera")
+    for module in names["vera_magnitude_vector"]:
+        magnitude = _stored(names, "vera_magnitude_vector", module)
+        forms[module] = Decomposed(forms.get(module, Nothing(magnitude)), magnitude)
+    return _contents(names, forms, str(config["peft_type"]).lower())
 
 
 def _projections(names: Names, config: Mapping[str, Any]) -> Projections:

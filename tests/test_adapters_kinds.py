@@ -1,0 +1,207 @@
+"""Adapters in embeddings and convolutions, against the merged weight and the real peft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapted import adapt, only
+from torch import Tensor, nn
+from torch.nn import functional
+
+import wda
+from wda.adapters import AdapterConfig, inject, merge, save_adapter, unmerge
+from wda.errors import SelectionError
+from wda.updates import merged
+
+METHODS = ["lora", "rslora", "dora", "magnitude", "vera", "dvora"]
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "embedding": lambda: nn.Embedding(9, 5, padding_idx=0),
+    "conv1d": lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2),
+    "conv2d": lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2)),
+    "conv2d 1x1": lambda: nn.Conv2d(4, 6, 1, bias=False),
+    "conv2d same": lambda: nn.Conv2d(4, 6, 3, padding="same"),
+    "conv2d reflected": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+}
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return LAYERS[kind]().double()
+
+
+def inputs(kind: str) -> Tensor:
+    torch.manual_seed(2)
+    if kind == "embedding":
+        return torch.tensor([[3, 0, 8], [1, 3, 3]])
+    return torch.randn(2, 4, *([9] if kind == "conv1d" else [9, 8]), dtype=torch.float64)
+
+
+def sizes(method: str) -> dict[str, Any]:
+    of_method = {"magnitude": {}, "vera": {"rank": 40}, "dvora": {"rank": 40}}
+    return of_method.get(method, {"rank": 2, "alpha": 7})
+
+
+def perturb(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                size = parameter.abs().mean().clamp(min=0.1)
+                parameter.add_(0.2 * size * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_starts_as_the_layer_to_the_last_bit(kind: str, method: str) -> None:
+    layer, x = made(kind), inputs(kind)
+    before = layer(x)
+    assert torch.equal(adapt(layer, method, **sizes(method))(x), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_forward_and_gradients_are_the_merged_weights(kind: str, method: str) -> None:
+    """Eq. 5 on the matrix (out_features, all the rest), put back into the layer's own shape."""
+    layer = adapt(made(kind), method, **sizes(method))
+    perturb(layer)
+    adapter, x = only(layer), inputs(kind)
+    v = layer.weight + adapter.update.scaling * adapter.update.B @ adapter.update.A
+    wt = v
+    if adapter.magnitude is not None:
+        wt = adapter.magnitude[:, None] * v / v.norm(dim=1, keepdim=True).detach()
+    stored = layer.base_layer.weight
+    weight = wt.T if kind == "embedding" else wt.reshape(stored.shape)
+    expected = torch.func.functional_call(layer.base_layer, {"weight": weight}, x)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    results = []
+    for out in (layer(x), expected):
+        factors = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        if kind == "embedding":  # its padding has a vector, and learns nothing
+            factors = factors * (x != 0)[..., None]
+        loss = (factors * out.square()).sum()
+        results.append([out, *torch.autograd.grad(loss, trained)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+    assert all(gradient.abs().max() > 1e-6 for gradient in results[0])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_merged_it_is_the_same_function_and_unmerged_the_same_bits(
+    kind: str, channels_last: bool
+) -> None:
+    base = made(kind)
+    if channels_last and kind.startswith("conv2d"):
+        base = base.to(memory_format=torch.channels_last)
+    layer = adapt(base, "dora", rank=2, alpha=7)
+    perturb(layer)
+    x, w0 = inputs(kind), base.weight.clone()
+    apart = layer(x)
+    merge(layer)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), apart, rtol=1e-11, atol=1e-12)
+    assert not torch.equal(base.weight, w0)
+    unmerge(layer)
+    assert torch.equal(base.weight, w0)
+
+
+def test_the_paddings_vector_is_not_trained() -> None:
+    layer = adapt(made("embedding"), "lora", rank=2)
+    layer(inputs("embedding")).sum().backward()
+    used = only(layer).A.grad.abs().sum(dim=0) > 0
+    assert used.nonzero().flatten().tolist() == [1, 3, 8]
+
+
+class Net(nn.Module):
+    """An embedding, convolutions and a linear layer, called as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(9, 5)
+        self.conv_in = nn.Conv1d(5, 7, 3, padding=1)
+        self.conv_out = nn.Conv2d(1, 4, (3, 2), stride=2)
+        self.q_proj = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.conv_in(self.embed_tokens(ids).transpose(1, 2))
+        h = functional.gelu(self.conv_out(h[:, None]))
+        return self.q_proj(h.flatten(2).mean(dim=2))
+
+
+TARGETS = ["embed_tokens", "conv_in", "conv_out", "q_proj"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_peft_loads_them_with_the_same_outputs_and_gradients(method: str, tmp_path: Path) -> None:
+    model = Net().double()
+    config = AdapterConfig(
+        method=method, rank=3, alpha=7, targets=[f"re:{name}" for name in TARGETS]
+    )
+    assert inject(model, config) == 4
+    perturb(model)
+    save_adapter(model, config, tmp_path / "a", "base")
+    theirs = peft.PeftModel.from_pretrained(Net().double(), tmp_path / "a", is_trainable=True)
+    ids = torch.randint(0, 9, (2, 11))
+    ours_out, their_out = model(ids), theirs(ids)
+    torch.testing.assert_close(ours_out, their_out, rtol=1e-11, atol=1e-12)
+    assert not torch.allclose(ours_out, Net().double()(ids), rtol=1e-2)
+    ours_out.square().sum().backward()
+    their_out.square().sum().backward()
+    ours_found = sorted(float(p.grad.norm()) for p in model.parameters() if p.requires_grad)
+    their_found = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad)
+    assert ours_found == pytest.approx(their_found, rel=1e-10)
+    assert len(ours_found) == 4 * (3 if method == "dora" else 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_they_enter_the_analysis_by_the_same_door(method: str, tmp_path: Path) -> None:
+    model = Net().double()
+    torch.save(model.state_dict(), tmp_path / "base.pt")
+    targets = [f"re:{name}" for name in TARGETS]
+    config = AdapterConfig(method=method, targets=targets, **sizes(method))
+    inject(model, config)
+    perturb(model)
+    save_adapter(model, config, tmp_path / "a", str(tmp_path / "base.pt"))
+    wanted = targets if method in ("lora", "rslora", "dora") else ["re:conv_in", "re:q_proj"]
+    table = wda.compare(tmp_path / "a", matrices=wanted, progress=False).table
+    assert len(table) == len(wanted)
+    for _, row in table.iterrows():
+        layer = model.get_submodule(row["module"])
+        w0 = layer.weight.detach()
+        wt = merged(layer.update, w0).detach()
+        if row["module"] == "embed_tokens":  # the table's vectors are the tokens'
+            w0, wt = w0.T, wt.T
+        d = wda.decompose(w0, wt)
+        got = (row["delta_m"], row["delta_d"])
+        assert got == pytest.approx((d.delta_m, d.delta_d), rel=1e-9, abs=1e-14)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 2 * super().forward(ids)
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "groups": (nn.Conv1d(4, 8, 3, groups=2), r"q_proj convolve in groups, each with a small"),
+    "shortened": (nn.Embedding(5, 4, max_norm=1.0), r"q_proj shorten their vectors in every"),
+    "of its own": (
+        ScaledEmbedding(5, 4),
+        r"adapters go into nn.Linear, .*; q_proj are ScaledEmbedding; choose other targets$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_matrix_is_refused_in_a_line(case: str) -> None:
+    layer, message = REFUSED[case]
+    with pytest.raises(SelectionError, match=message) as caught:
+        adapt(layer, "lora", rank=2)
+    assert "\n" not in str(caught.value)

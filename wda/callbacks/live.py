@@ -38,19 +38,24 @@ class Weight:
         What an adapter adds to it.
     magnitude : Tensor or None
         The magnitudes that DoRA trains.
+    shared : bool
+        Whether the direction's factors are VeRA's, random and shared.
     """
 
     stored: Tensor
     transposed: bool
     direction: LowRank | None = None
     magnitude: Tensor | None = None
+    shared: bool = False
 
     @property
     def method(self) -> str:
-        """How it is trained: ft, lora or dora."""
+        """How it is trained: ft, lora, dora, vera or dvora."""
         if self.direction is None:
             return "ft"
-        return "lora" if self.magnitude is None else "dora"
+        if self.magnitude is None:
+            return "vera" if self.shared else "lora"
+        return "dvora" if self.shared else "dora"
 
     @property
     def rank(self) -> int | None:
@@ -126,10 +131,11 @@ def _of_ours(name: str, layer: AdaptedLayer) -> Weight | None:
     update = layer.update
     if update is None:
         return None
+    shared = any(layer.configs[active].shares_projections for active in layer.active)
     if isinstance(update, LowRank):
-        return _weight(name, layer.base_layer, update)
+        return _weight(name, layer.base_layer, update, shared=shared)
     if isinstance(update, WeightDecomposed) and isinstance(update.direction, LowRank):
-        return _weight(name, layer.base_layer, update.direction, update.magnitude)
+        return _weight(name, layer.base_layer, update.direction, update.magnitude, shared)
     raise ModelError(f"{name}: has magnitudes of input features; {_INSTEAD}")
 
 
@@ -181,6 +187,7 @@ def _weight(
     module: nn.Module,
     direction: LowRank | None = None,
     magnitude: Tensor | None = None,
+    shared: bool = False,
 ) -> Weight:
     """Give the weight of a module, after making sure that it is all there, in numbers."""
     weight = module.weight
@@ -193,7 +200,7 @@ def _weight(
         )
     if not weight.is_floating_point():
         raise ModelError(f"{name}: its weight is quantised ({type(weight).__name__}); {_INSTEAD}")
-    return Weight(weight, isinstance(module, Conv1D), direction, magnitude)
+    return Weight(weight, isinstance(module, Conv1D), direction, magnitude, shared)
 
 
 def _plain(name: str) -> str:

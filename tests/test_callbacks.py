@@ -97,12 +97,12 @@ def compared(run: Path, base: Path, **options: Any) -> pd.DataFrame:
     return table[table["step"].isin(STEPS)].reset_index(drop=True)
 
 
-def assert_same_rows(found: pd.DataFrame, expected: pd.DataFrame, rtol: float = 1e-9) -> None:
+def assert_same_rows(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     """Every column that the comparison fills is the same; the seed it cannot know."""
     known = [c for c in expected if not expected[c].isna().all()]
     assert {"run", "method", "step", "module", "layer", "delta_m", "delta_d", "dtype"} <= set(known)
     assert (expected["delta_m"] > 1e-4).all() and (expected["delta_d"] > 1e-7).all()
-    pd.testing.assert_frame_equal(found[known], expected[known], rtol=rtol, atol=1e-15)
+    pd.testing.assert_frame_equal(found[known], expected[known], rtol=1e-9, atol=1e-15)
     assert set(found["seed"]) == {11}
 
 
@@ -163,8 +163,7 @@ def test_our_adapters_are_measured_as_their_checkpoints_are(method: Any, tmp_pat
         callbacks=[callback, SaveOurs(config, tmp_path / "base")],
     )
     trainer.train()
-    rtol = 1e-6 if method in ("vera", "dvora") else 1e-9  # they multiply three float32 into B
-    assert_same_rows(callback.table, compared(tmp_path / "run", tmp_path / "base"), rtol)
+    assert_same_rows(callback.table, compared(tmp_path / "run", tmp_path / "base"))
     assert set(callback.table["method"]) == {method}
 
 

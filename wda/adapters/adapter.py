@@ -38,6 +38,10 @@ class Adapter(nn.Module, ABC):
     def update(self) -> LowRank:
         """δ = s·B·A, differentiable."""
 
+    def in_training(self) -> LowRank:
+        """δ = s·B·A as its length is computed in every step."""
+        return self.update
+
     @property
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -57,9 +61,9 @@ class Adapter(nn.Module, ABC):
         """
 
 
-def joined_update(adapters: Sequence[Adapter]) -> LowRank | None:
-    """Give Σ δ of several adapters as one; None where no direction is updated."""
-    updates = [adapter.update for adapter in adapters if adapter.rank > 0]
+def joined(updates: Sequence[LowRank]) -> LowRank | None:
+    """Give Σ δ as one; None where no direction is updated."""
+    updates = [update for update in updates if len(update.A) > 0]
     if len(updates) <= 1:
         return updates[0] if updates else None
     A = torch.cat([update.A for update in updates])

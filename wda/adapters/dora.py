@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wda.adapters.adapter import Adapter, joined_update
+from wda.adapters.adapter import Adapter, joined
 from wda.adapters.frozen import Frozen
 from wda.adapters.kept import Kept
 from wda.updates import Update, WeightDecomposed, column_scaled, inner_products
@@ -99,7 +99,8 @@ class Decomposed:
 
     def update(self, frozen: Frozen) -> Update:
         """Give what turns W0 into Wt."""
-        direction = joined_update(self.adapters) or self.adapters[0].update
+        updates = [adapter.update for adapter in self.adapters]
+        direction = joined(updates) or updates[0]
         magnitude = self.magnitude(frozen)
         if self.per == "output":
             return WeightDecomposed(direction, magnitude)
@@ -138,7 +139,7 @@ class Decomposed:
 
     def _growth(self, frozen: Frozen) -> Float[Tensor, "vectors"] | Literal[0]:
         """‖V‖² − ‖W0‖² = 2c + g of every vector."""
-        update = joined_update(self.adapters)
+        update = joined([adapter.in_training() for adapter in self.adapters])
         if update is None:
             return 0
         weight, A, B = frozen.weight, update.A, update.B

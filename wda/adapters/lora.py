@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wda.adapters.adapter import Adapter, joined_update
+from wda.adapters.adapter import Adapter, joined
 from wda.adapters.frozen import Frozen
 from wda.updates import LowRank, Update
 
@@ -92,7 +92,7 @@ class Added:
 
     def update(self, frozen: Frozen) -> Update | None:  # noqa: ARG002
         """Give what turns W0 into Wt; None where there is nothing."""
-        return joined_update(self.adapters)
+        return joined([adapter.update for adapter in self.adapters])
 
     def forget(self) -> None:
         """Drop what was kept: nothing is."""

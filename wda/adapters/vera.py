@@ -81,7 +81,12 @@ class VeRA(Adapter):
 
     @property
     def update(self) -> LowRank:
-        """δ = [λ_b ⊙ B ⊙ λ_d]·A."""
+        """δ = [λ_b ⊙ B]·[λ_d ⊙ A], in float64: no dtype that is stored rounds the products."""
+        A, B = (factor.double() for factor in self.projected())
+        return LowRank(self.lambda_d[:, None] * A, self.lambda_b[:, None] * B, 1.0)
+
+    def in_training(self) -> LowRank:
+        """δ = [λ_b ⊙ B ⊙ λ_d]·A, with the A that never changes."""
         A, B = self.projected()
         return LowRank(A, self.lambda_b[:, None] * B * self.lambda_d, 1.0)
 

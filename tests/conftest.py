@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 import torch
+import transformers
 from jaxtyping import install_import_hook
 from safetensors.torch import save_file
 from servers import Hub, serving
@@ -179,3 +180,36 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield handler
+
+
+WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot", "it", "was"]
+
+
+@pytest.fixture(scope="session")
+def trainable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with its tokenizer, and sentences whose class can be read off them."""
+    folder = tmp_path_factory.mktemp("material")
+    config = transformers.BertConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        vocab_size=5 + len(WORDS),
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder / "base")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder / "base")
+    lines = ["text,label,source"]
+    generator = torch.Generator().manual_seed(0)
+    for i in range(120):
+        label = i % 2
+        mood = WORDS[(0 if label else 3) + int(torch.randint(3, (1,), generator=generator))]
+        rest = [WORDS[6 + int(j)] for j in torch.randint(4, (1 + i % 5,), generator=generator)]
+        lines.append(f"{' '.join([*rest, mood])},{label},a")
+        lines.append("good bad,1,b")
+    (folder / "data.csv").write_text("\n".join(lines) + "\n")
+    return folder

@@ -133,9 +133,9 @@ def _beside_paper(statistics: pd.DataFrame) -> pd.DataFrame:
 
 
 def _training_line(method: str, recipe: Recipe, result: TrainingResult) -> str:
-    name, kept = METHOD_NAMES[method], ", ".join(map(str, recipe.kept_steps))
+    name, kept = METHOD_NAMES[method], ", ".join(map(str, recipe.kept_steps(result.steps)))
     return (
-        f"{name}: learning rate {recipe.learning_rate:g}, seed {recipe.seed}, checkpoints at steps "
+        f"{name}: learning rate {recipe.rate:g}, seed {recipe.seed}, checkpoints at steps "
         f"{kept}; held-out accuracy {result.accuracy:.3f} on {result.n_held_out} sentences; "
         f"{result.trainable:,} of {result.parameters:,} parameters trained"
     )

@@ -56,6 +56,10 @@ class ModelError(WdaError):
     """A model that cannot be measured or adapted in the state it is in."""
 
 
+class TrainingError(WdaError):
+    """A training that cannot go on."""
+
+
 class MissingExtraError(WdaError):
     """A feature whose optional dependencies are not installed."""
 

@@ -36,10 +36,17 @@ def train(
     from wda.training import load_recipe, train_recipe
 
     run_folder = out if out is not None else Path("runs") / recipe.stem
-    result = train_recipe(
-        load_recipe(recipe), run_folder, resume=resume, progress=sys.stderr.isatty()
+    try:
+        result = train_recipe(
+            load_recipe(recipe), run_folder, resume=resume, progress=sys.stderr.isatty()
+        )
+    except KeyboardInterrupt:
+        say(f"go on with: wda train {recipe} --out {run_folder} --resume")
+        raise
+    typer.echo(
+        f"held-out accuracy {result.accuracy:.3f} ({result.accuracy_of}), loss {result.loss:.3f}, "
+        f"checkpoints in {run_folder}"
     )
-    typer.echo(f"held-out accuracy {result.accuracy:.3f}, checkpoints in {run_folder}")
 
 
 @app.command()

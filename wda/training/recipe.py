@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Literal, Self
 
 import yaml
@@ -13,46 +15,101 @@ from wda.errors import ManifestError
 from wda.locations import beside
 from wda.validation import load_yaml
 
+TaskName = Literal["classification", "causal-lm", "seq2seq"]
+
+# A step, or a share of all steps.
+Moment = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
+
+# Where training each way usually starts to be sought for: of the paper's tables for LoRA and DoRA
+# (1e-4 to 4e-4, DoRA's not above LoRA's), of its Table 11 for DVoRA, and of VeRA's for VeRA.
+LEARNING_RATES = {
+    "ft": 2e-5,
+    "lora": 2e-4,
+    "rslora": 1e-4,
+    "dora": 1e-4,
+    "magnitude": 1e-3,
+    "vera": 4e-3,
+    "dvora": 4e-3,
+}
+
 
 class DataSource(BaseModel):
-    """Labelled texts in a CSV file."""
+    """Rows to train on, and which to hold out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    location: str = Field(description="Location of the CSV file.")
-    text: str = Field(default="text", description="Column with the text.")
-    label: str = Field(default="label", description="Column with the class, any text or number.")
+    location: str = Field(
+        description="Location of a CSV, JSON, JSONL or Parquet file, of a folder with a dataset, "
+        "or hf://datasets/ORG/NAME@REVISION."
+    )
+    config: str | None = Field(default=None, description="Which of a dataset's configurations.")
+    split: str = Field(default="train", description="Which of a dataset's splits to train on.")
+    text: str = Field(default="text", description="Classification: column with the text.")
+    label: str = Field(
+        default="label", description="Classification: column with the class, any text or number."
+    )
+    prompt: str = Field(
+        default="",
+        description="Generation: what is given, a text with columns in braces: "
+        "'Question: {question} Answer: '.",
+    )
+    answer: str = Field(
+        default="", description="Generation: what is to be learnt, written like the prompt."
+    )
     where: dict[str, str] = Field(
         default={}, description="Column → value that a row must have to be used."
     )
-    held_out: float = Field(
-        default=0.1, gt=0, lt=1, description="Share of the rows kept for the held-out accuracy."
+    samples: int | None = Field(
+        default=None, gt=0, description="Rows to train on, of those not held out; by default all."
+    )
+    held_out: Annotated[float, Field(gt=0, lt=1)] | str = Field(
+        default=0.1,
+        description="Share of the rows kept for the held-out scores; or another split of the "
+        "dataset, or the location of another file.",
     )
     split_seed: int = Field(default=0, description="Seed of that split; the runs share it.")
 
 
 class Recipe(BaseModel):
-    """A fine-tuning of a text classifier, from the pre-trained model to the last checkpoint."""
+    """A fine-tuning, from the pre-trained model to the last checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str = Field(description="Location of the pre-trained model, in Hugging Face's layout.")
+    base: str = Field(
+        description="Location of the pre-trained model: a folder in Hugging Face's layout, or a "
+        "GGUF file."
+    )
+    task: TaskName = Field(
+        default="classification",
+        description="`causal-lm` continues prompts with answers, `seq2seq` writes answers from "
+        "encoded prompts; only answers count in the loss.",
+    )
     data: DataSource = Field(description="What it is trained on.")
     adapter: AdapterConfig | None = Field(
         default=None, description="The adapter; without one, all weights are trained."
     )
-    steps: int = Field(gt=0, description="Optimiser steps.")
-    keep: list[Annotated[int, Field(gt=0)]] = Field(
-        default=[], description="Steps whose checkpoints are kept, beside the last."
+    steps: int | None = Field(default=None, gt=0, description="Optimiser steps; or give `epochs`.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the data; or give `steps`."
     )
-    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    keep: list[Moment] = Field(
+        default=[],
+        description="When checkpoints are kept, beside the last: steps, or shares of all steps.",
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak learning rate of AdamW; by default the method's, see docs/training.md.",
+    )
     batch_size: int = Field(default=16, gt=0, description="Texts per device and forward pass.")
     accumulation: int = Field(default=1, gt=0, description="Forward passes per optimiser step.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls after the warm-up."
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0, description="Linear warm-up: steps, or a share of all steps."
+    )
     group_by_length: bool = Field(
         default=False, description="Batches of texts of like length: less padding, so faster."
     )
@@ -60,13 +117,36 @@ class Recipe(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Of forward and backward pass; weights stay float32."
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Less memory: activations are computed again, not kept."
+    )
     seed: int = Field(default=0, ge=0, description="Of initialisation, order and dropout.")
 
     @model_validator(mode="after")
-    def _kept_steps_exist(self) -> Self:
-        late = [step for step in self.keep if step > self.steps]
+    def _length_is_given_once(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("steps, epochs: give one of the two, and not both")
+        late = [k for k in self.keep if self.steps and isinstance(k, int) and k > self.steps]
         if late:
             raise ValueError(f"keep: steps {late} lie after the last, steps: {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _data_fit_the_task(self) -> Self:
+        defaults = DataSource.model_fields
+        generates = self.task != "classification"
+        given = {n for n in ("prompt", "answer") if getattr(self.data, n)}
+        foreign = (
+            {n for n in ("text", "label") if getattr(self.data, n) != defaults[n].default}
+            if generates
+            else given
+        )
+        if foreign:
+            raise ValueError(f"data: {', '.join(sorted(foreign))} cannot be set for {self.task}")
+        if generates and (missing := {"prompt", "answer"} - given):
+            raise ValueError(f"data: {self.task} needs {', '.join(sorted(missing))}")
+        for name in given:
+            _columns(name, getattr(self.data, name))
         return self
 
     @property
@@ -75,18 +155,56 @@ class Recipe(BaseModel):
         return "ft" if self.adapter is None else self.adapter.method
 
     @property
-    def kept_steps(self) -> list[int]:
-        """Every step whose checkpoint is kept, the last among them."""
-        return sorted({*self.keep, self.steps})
+    def rate(self) -> float:
+        """The peak learning rate, the method's where none is given."""
+        return self.learning_rate or LEARNING_RATES[self.method]
+
+    def all_steps(self, n_rows: int, processes: int = 1) -> int:
+        """Give the number of optimiser steps for so many rows on so many processes."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        per_epoch = math.ceil(n_rows / (self.batch_size * self.accumulation * processes))
+        return max(1, math.ceil(self.epochs * per_epoch))
+
+    def kept_steps(self, all_steps: int) -> list[int]:
+        """Give every step whose checkpoint is kept, the last among them."""
+        steps = {all_steps, *(_step(moment, all_steps) for moment in self.keep)}
+        return sorted(step for step in steps if step <= all_steps)
+
+    def warmup_steps(self, all_steps: int) -> int:
+        """Give the steps of the warm-up."""
+        return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * all_steps)
 
     def with_steps(self, steps: int) -> Recipe:
         """Give the recipe for another length, its kept steps at the same shares of it."""
-        keep = sorted({max(1, round(kept * steps / self.steps)) for kept in self.keep})
+        assert self.steps is not None
+        whole = self.steps
+        keep = sorted({max(1, round(_step(kept, whole) * steps / whole)) for kept in self.keep})
         return self.model_copy(update={"steps": steps, "keep": keep})
 
     def to_yaml(self) -> str:
         """Give the recipe as the text of a YAML file."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def columns_of(template: str) -> list[str]:
+    """Name the columns of a text with columns in braces."""
+    return [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+
+
+def _columns(name: str, template: str) -> None:
+    """Make sure that a template can be filled."""
+    try:
+        columns = columns_of(template)
+    except ValueError as problem:
+        raise ValueError(f"data.{name}: {problem}; double a brace that is meant as one") from None
+    if not columns or not all(columns):
+        raise ValueError(f"data.{name}: needs a column in braces, such as {{question}}")
+
+
+def _step(moment: float, all_steps: int) -> int:
+    return moment if isinstance(moment, int) else max(1, round(moment * all_steps))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -99,4 +217,6 @@ def load_recipe(path: Path) -> Recipe:
     """
     recipe = load_yaml(path, Recipe, ManifestError)
     data = recipe.data.model_copy(update={"location": beside(path, recipe.data.location)})
+    if isinstance(data.held_out, str) and Path(data.held_out).suffix:
+        data = data.model_copy(update={"held_out": beside(path, data.held_out)})
     return recipe.model_copy(update={"base": beside(path, recipe.base), "data": data})

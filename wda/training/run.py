@@ -29,11 +29,16 @@ class TrainingResult(BaseModel):
     Attributes
     ----------
     accuracy : float
-        Share of the held-out texts that are classified right, 0 to 1.
+        Share of the held-out texts that are classified right, or of their answers' tokens that are
+        the likeliest ones, 0 to 1.
+    accuracy_of : str
+        What it is a share of.
     loss : float
         Mean cross-entropy on them.
     n_held_out : int
-        How many they are.
+        How many rows are held out.
+    steps : int
+        Optimiser steps.
     trainable, parameters : int
         Trained and all parameters of the model.
     seconds : float
@@ -41,8 +46,10 @@ class TrainingResult(BaseModel):
     """
 
     accuracy: float
+    accuracy_of: str
     loss: float
     n_held_out: int
+    steps: int
     trainable: int
     parameters: int
     seconds: float
@@ -79,35 +86,41 @@ def train_recipe(
         When model or data cannot be read.
     """
     _require_training_extra()
-    from wda.training import trainer as training  # noqa: PLC0415 - transformers is slow to import
+    # transformers is slow to import.
+    from wda.training.keeping import METRICS_FILE, drop_training_state, last_checkpoint  # noqa: PLC0415
+    from wda.training.trainer import make_trainer  # noqa: PLC0415
+    from wda.training.watching import ShowProgress  # noqa: PLC0415
 
     if resume and (result := finished_result(recipe, run_folder)):
+        drop_training_state(run_folder)
         return result
-    base_folder, data_file = resolve(recipe.base), resolve(recipe.data.location)
+    base = resolve(recipe.base)
     first = _is_first_process()
     if first:
         _prepare(recipe, run_folder, resume)
-        _record_inputs(recipe, base_folder, data_file, run_folder)
+        _record_inputs(recipe, base, run_folder)
     with progress_bar(progress and first) as bar:
-        show = training.ShowProgress(bar, run_folder.name, recipe.steps)
-        trainer = training.make_trainer(recipe, base_folder, data_file, run_folder)
-        trainer.add_callback(show)
-        last = training.last_checkpoint(run_folder) if resume else None
+        trainer = make_trainer(recipe, base, run_folder)
+        steps = trainer.args.max_steps
+        trainer.add_callback(ShowProgress(bar, run_folder.name, steps))
+        last = last_checkpoint(run_folder) if resume else None
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
-        scores = trainer.evaluate()
+    scores = json.loads((run_folder / f"checkpoint-{steps}" / METRICS_FILE).read_text())
     result = TrainingResult(
-        accuracy=scores["eval_accuracy"],
-        loss=scores["eval_loss"],
+        accuracy=scores["accuracy"],
+        accuracy_of=trainer.task.accuracy_of,
+        loss=scores["loss"],
         n_held_out=len(trainer.eval_dataset),
+        steps=steps,
         trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in trainer.model.parameters()),
         seconds=seconds,
     )
     if first:
         write_text(run_folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
-        training.drop_training_state(run_folder)
+        drop_training_state(run_folder)
     return result
 
 
@@ -116,11 +129,16 @@ def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _record_inputs(recipe: Recipe, base_folder: Path, data_file: Path, run_folder: Path) -> None:
+def _record_inputs(recipe: Recipe, base: Path, run_folder: Path) -> None:
+    from wda.training.rows import fingerprinted  # noqa: PLC0415 - datasets is slow to import
+
     facts = {
         "seed": recipe.seed,
-        "base": {"location": recipe.base, "files": describe(open_base(base_folder).files)},
-        "data": {"location": recipe.data.location, "files": describe([data_file])},
+        "base": {"location": recipe.base, "files": describe(open_base(base).files)},
+        "data": {
+            "location": recipe.data.location,
+            "files": describe(fingerprinted(recipe.data)),
+        },
     }
     write_text(run_folder / "provenance.json", json.dumps(provenance(**facts), indent=2) + "\n")
 
@@ -129,13 +147,12 @@ def finished_result(recipe: Recipe, run_folder: Path) -> TrainingResult | None:
     """Give the result of a run that this very recipe has finished, if there is one."""
     if not _same_recipe(recipe, run_folder) or not (run_folder / RESULT_FILE).is_file():
         return None
-    kept = [run_folder / f"checkpoint-{step}" for step in recipe.kept_steps]
-    if not all(folder.is_dir() for folder in kept):
-        return None
     try:
-        return TrainingResult.model_validate_json((run_folder / RESULT_FILE).read_text())
+        result = TrainingResult.model_validate_json((run_folder / RESULT_FILE).read_text())
     except ValidationError:
         return None
+    kept = [run_folder / f"checkpoint-{step}" for step in recipe.kept_steps(result.steps)]
+    return result if all(folder.is_dir() for folder in kept) else None
 
 
 def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:

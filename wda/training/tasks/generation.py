@@ -1,0 +1,100 @@
+"""Prompts and answers: what the two generating tasks share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from wda.errors import ManifestError
+from wda.training.recipe import columns_of
+from wda.training.rows import load_rows, require_columns
+from wda.training.tasks.task import Splits, Task
+
+# The label of a token that does not count.
+IGNORED = -100
+
+
+class Generation(Task):
+    """Learns to write answers; of the loss and the scores, answers alone count."""
+
+    accuracy_of: ClassVar[str] = "tokens of answers"
+
+    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        """Fill the prompts and answers of the rows, and tokenise."""
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        parts = load_rows(self.recipe.data, self._filled)
+
+        def encode(row: dict[str, str]) -> dict[str, list[int]]:
+            return self.encode(row["prompt"], row["answer"], tokenizer)
+
+        train, held_out = (part.map(encode, remove_columns=part.column_names) for part in parts)
+        return Splits(train, held_out, [])
+
+    @abstractmethod
+    def encode(
+        self, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, list[int]]:
+        """Turn a prompt and its answer into tokens and labels."""
+
+    def _filled(self, rows: datasets.Dataset) -> datasets.Dataset:
+        source = self.recipe.data
+        columns = [*columns_of(source.prompt), *columns_of(source.answer)]
+        require_columns(rows, columns, source.location)
+
+        def fill(row: dict[str, Any]) -> dict[str, str]:
+            texts = {c: "" if row[c] is None else row[c] for c in columns}
+            return {
+                "prompt": source.prompt.format_map(texts),
+                "answer": source.answer.format_map(texts),
+            }
+
+        filled = rows.map(fill, remove_columns=rows.column_names)
+        for part in ("prompt", "answer"):
+            if empty := [i for i, text in enumerate(filled[part]) if not text.strip()]:
+                raise ManifestError(
+                    f"data.{part}: is empty in {len(empty)} of {len(filled)} rows of "
+                    f"{source.location}, first in row {empty[0] + 1}; choose rows by data.where, "
+                    "or other columns"
+                )
+        return filled
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: Any) -> Any:
+        """Pad on the right, labels with what does not count."""
+        return transformers.DataCollatorForSeq2Seq(
+            tokenizer, model=model, label_pad_token_id=IGNORED, padding=True
+        )
+
+    def reduce(self, logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give −log p of every counted token, and whether it is the likeliest; else 0."""
+        scores = logits[0] if isinstance(logits, tuple) else logits
+        scores, labels = self.aligned(scores, labels)
+        losses = functional.cross_entropy(
+            scores.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view_as(labels), (scores.argmax(dim=-1) == labels).float()
+
+    @abstractmethod
+    def aligned(
+        self, scores: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the scores of every token beside its label."""
+
+    def scores(self, prediction: Any) -> dict[str, float]:
+        """Give accuracy and mean loss over all tokens of the answers, and the perplexity."""
+        losses, right = prediction.predictions
+        counted = prediction.label_ids != IGNORED
+        counted = counted[:, counted.shape[1] - losses.shape[1] :]
+        loss = float(losses[counted].astype(np.float64).mean())
+        return {
+            "accuracy": float(right[counted].mean()),
+            "loss": loss,
+            "perplexity": float(np.exp(loss)),
+        }

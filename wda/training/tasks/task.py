@@ -1,0 +1,93 @@
+"""What all tasks have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from wda.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Encoded rows to train on and to test on.
+
+    Attributes
+    ----------
+    train, held_out : Dataset
+        With ``input_ids``, ``attention_mask`` and ``labels``.
+    classes : list of str
+        The names of the classes in order of their number, where there are classes.
+    """
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    classes: list[str]
+
+
+class Task(ABC):
+    """One task of a recipe.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Data, lengths and the base.
+    """
+
+    peft_type: ClassVar[str]
+    accuracy_of: ClassVar[str]
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @abstractmethod
+    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        """Read the rows and encode them.
+
+        Raises
+        ------
+        ManifestError
+            When the data do not fit the recipe.
+        """
+
+    @abstractmethod
+    def model(self, base: Path, splits: Splits) -> Any:
+        """Load the pre-trained model, in float32."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: Any) -> Any:
+        """Give what makes a batch of encoded rows."""
+
+    @abstractmethod
+    def reduce(self, logits: Any, labels: torch.Tensor) -> Any:
+        """Turn a batch's logits into what the scores need, so that logits are not gathered."""
+
+    @abstractmethod
+    def scores(self, prediction: Any) -> dict[str, float]:
+        """Give accuracy, and what else there is, of all that was reduced."""
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a forward pass without gradients."""
+        return self.recipe.batch_size
+
+    def new_modules(self, model: Any, base: Path) -> tuple[str, ...]:  # noqa: ARG002
+        """Name the modules that the pre-trained model does not have: none."""
+        return ()
+
+
+def pretrained(base: Path, **options: Any) -> dict[str, Any]:
+    """Give the arguments that make ``from_pretrained`` load a folder or a GGUF file."""
+    place: dict[str, Any] = {"pretrained_model_name_or_path": base}
+    if base.suffix == ".gguf":
+        place = {
+            "pretrained_model_name_or_path": base.parent,
+            "gguf_file": base.name,
+        }
+    return {**place, **options}

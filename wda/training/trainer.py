@@ -14,7 +14,7 @@ from wda.adapters import inject
 from wda.training.keeping import KeepingTrainer
 from wda.training.recipe import Recipe
 from wda.training.tasks import Task, task_of
-from wda.training.tasks.task import pretrained
+from wda.training.tasks.task import load_pretrained
 from wda.training.watching import KeepSteps, StopWhenLost
 
 # Recipe's word → transformers' name of the schedule that honours a warm-up.
@@ -42,7 +42,7 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
     task = task_of(recipe)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**pretrained(base))
+    tokenizer = load_pretrained(transformers.AutoTokenizer, base)
     splits = task.splits(tokenizer)
     transformers.set_seed(recipe.seed)
     model = task.model(base, splits)

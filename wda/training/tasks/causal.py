@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.tasks.generation import IGNORED, Generation
-from wda.training.tasks.task import Splits, pretrained
+from wda.training.tasks.task import Splits, load_pretrained
 
 
 class CausalLM(Generation):
@@ -47,9 +47,7 @@ class CausalLM(Generation):
 
     def model(self, base: Path, splits: Splits) -> Any:  # noqa: ARG002
         """Load the language model."""
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            **pretrained(base, dtype=torch.float32)
-        )
+        return load_pretrained(transformers.AutoModelForCausalLM, base, dtype=torch.float32)
 
     def aligned(
         self, scores: torch.Tensor, labels: torch.Tensor

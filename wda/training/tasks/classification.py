@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from wda.checkpoints import open_base
 from wda.errors import ManifestError, listing
 from wda.training.rows import load_rows, require_columns
-from wda.training.tasks.task import Splits, Task, pretrained
+from wda.training.tasks.task import Splits, Task, load_pretrained
 
 
 class Classification(Task):
@@ -76,9 +76,8 @@ class Classification(Task):
     def model(self, base: Path, splits: Splits) -> Any:
         """Load the model, with a new head unless it has one for as many classes."""
         try:
-            return transformers.AutoModelForSequenceClassification.from_pretrained(
-                **pretrained(base, num_labels=len(splits.classes), dtype=torch.float32)
-            )
+            kind = transformers.AutoModelForSequenceClassification
+            return load_pretrained(kind, base, num_labels=len(splits.classes), dtype=torch.float32)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise

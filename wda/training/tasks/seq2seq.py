@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.tasks.generation import Generation
-from wda.training.tasks.task import Splits, pretrained
+from wda.training.tasks.task import Splits, load_pretrained
 
 
 class Seq2Seq(Generation):
@@ -33,9 +33,7 @@ class Seq2Seq(Generation):
 
     def model(self, base: Path, splits: Splits) -> Any:  # noqa: ARG002
         """Load the encoder and decoder."""
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(
-            **pretrained(base, dtype=torch.float32)
-        )
+        return load_pretrained(transformers.AutoModelForSeq2SeqLM, base, dtype=torch.float32)
 
     def aligned(
         self, scores: torch.Tensor, labels: torch.Tensor

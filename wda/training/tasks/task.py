@@ -82,12 +82,13 @@ class Task(ABC):
         return ()
 
 
-def pretrained(base: Path, **options: Any) -> dict[str, Any]:
-    """Give the arguments that make ``from_pretrained`` load a folder or a GGUF file."""
-    place: dict[str, Any] = {"pretrained_model_name_or_path": base}
-    if base.suffix == ".gguf":
-        place = {
-            "pretrained_model_name_or_path": base.parent,
-            "gguf_file": base.name,
-        }
-    return {**place, **options}
+def load_pretrained(kind: Any, base: Path, **options: Any) -> Any:
+    """Load a folder or a GGUF file by a class of transformers, a model in float32."""
+    if base.suffix != ".gguf":
+        return kind.from_pretrained(base, **options)
+    loaded = kind.from_pretrained(base.parent, gguf_file=base.name, **options)
+    if getattr(loaded, "is_quantized", False):
+        # Its numbers are float32 by now, whatever transformers still calls the model.
+        loaded.is_quantized, loaded.hf_quantizer = False, None
+        del loaded.config.quantization_config
+    return loaded

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["lora", "rslora", "dora", "magnitude", "vera", "dvora"]
+Method = Literal["lora", "rslora", "dora", "magnitude", "vera", "dvora", "series", "parallel"]
 
 # Which methods a field means something for; the others' fields mean something for all.
 _BELONGS_TO: dict[str, tuple[Method, ...]] = {
@@ -17,6 +17,7 @@ _BELONGS_TO: dict[str, tuple[Method, ...]] = {
     "magnitudes": ("dora", "dvora"),
     "full_gradient": ("dora", "dvora"),
     "per": ("dora",),
+    "bottleneck": ("series", "parallel"),
 }
 
 
@@ -27,7 +28,8 @@ class AdapterConfig(BaseModel):
 
     method: Method = Field(
         description="Which adapter; `magnitude` trains DoRA's m alone, in the direction of W0; "
-        "`dvora` is DoRA whose direction VeRA updates."
+        "`dvora` is DoRA whose direction VeRA updates; `series` and `parallel` put a bottleneck "
+        "after or beside a layer and change no weight."
     )
     rank: int = Field(default=8, ge=1, description="r, the rank of B·A.")
     alpha: float = Field(
@@ -62,6 +64,10 @@ class AdapterConfig(BaseModel):
         "LyCORIS once had it.",
     )
 
+    bottleneck: int = Field(
+        default=256, ge=1, description="Series and Parallel: features of the bottleneck."
+    )
+
     @model_validator(mode="after")
     def _fields_belong_to_the_method(self) -> Self:
         defaults = type(self).model_fields
@@ -86,6 +92,11 @@ class AdapterConfig(BaseModel):
     def decomposed(self) -> bool:
         """Whether there are magnitudes."""
         return self.method in ("dora", "dvora", "magnitude")
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether there is a Wt; else modules are put beside the weights."""
+        return self.method not in ("series", "parallel")
 
     @property
     def shares_projections(self) -> bool:

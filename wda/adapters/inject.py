@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from wda.adapters.adapter import Adapter
+from wda.adapters.bottleneck import BottleneckLayer, bottlenecks
 from wda.adapters.config import AdapterConfig
 from wda.adapters.frozen import Frozen, FrozenConv1D, FrozenLinear, kind_of
 from wda.adapters.layer import AdaptedLayer
@@ -66,20 +67,25 @@ def inject(
     q_proj.adapters.default.B
     """
     require_apart(model, "another cannot be put beside them")
+    if bottlenecks(model):
+        raise ModelError("model: has bottlenecks already; inject into the model without them")
     if any(name in layer.configs for layer in adapted_layers(model).values()):
         raise ModelError(f"name: the model has an adapter called {name!r}; choose another name")
     turned = choose(model, config.targets)
     scaled = choose(model, config.magnitudes, "magnitudes") if config.magnitudes else []
     _check(model, config, turned, scaled)
     model.requires_grad_(False)
+    if not config.changes_weights:
+        _put_bottlenecks(model, config, turned)
+        _train_whole(model, trained_whole)
+        return len(turned)
     layers = {module: _layer(model, module) for module in sorted({*turned, *scaled})}
     shared = _projections(config, [layers[module].frozen for module in turned])
     for module, layer in layers.items():
         with_direction = config.method != "magnitude" and module in turned
         layer.add(name, _adapter(layer.frozen, config, with_direction, shared), config)
     activate(model, name)
-    for module in trained_whole:
-        model.get_submodule(module).requires_grad_(True)
+    _train_whole(model, trained_whole)
     return len(layers)
 
 
@@ -126,14 +132,15 @@ def _check(
     model: nn.Module, config: AdapterConfig, turned: Sequence[str], scaled: Sequence[str]
 ) -> None:
     # VeRA's r may be larger than its matrices.
-    if config.method != "magnitude" and not config.shares_projections:
+    if config.method in ("lora", "rslora", "dora"):
         check_rank(model, turned, config.rank)
-    if config.per == "input":
+    if config.per == "input" or not config.changes_weights:
         kinds = {module: kind_of(base_layer(model, module)) for module in {*turned, *scaled}}
         if others := sorted(m for m, k in kinds.items() if k not in (FrozenLinear, FrozenConv1D)):
+            what = config.method if config.method != "dora" else "per: input"
             raise SelectionError(
-                f"per: one magnitude per input feature is for linear layers; {listing(others, 4)} "
-                "are not; choose other targets, or per: output"
+                f"targets: {what} is for linear layers; {listing(others, 4)} are not; choose "
+                "other targets"
             )
 
 
@@ -145,9 +152,28 @@ def _layer(model: nn.Module, module: str) -> AdaptedLayer:
     kind = kind_of(there)
     assert kind is not None
     layer = AdaptedLayer(kind(there))
+    _replace(model, module, layer)
+    return layer
+
+
+def _put_bottlenecks(model: nn.Module, config: AdapterConfig, modules: Sequence[str]) -> None:
+    for module in modules:
+        base, series = model.get_submodule(module), config.method == "series"
+        kind = kind_of(base)
+        assert kind is not None
+        out_features, features = kind(base).weight.shape
+        layer = BottleneckLayer(base, features, out_features, config.bottleneck, series)
+        _replace(model, module, layer)
+
+
+def _train_whole(model: nn.Module, modules: Sequence[str]) -> None:
+    for module in modules:
+        model.get_submodule(module).requires_grad_(True)
+
+
+def _replace(model: nn.Module, module: str, layer: nn.Module) -> None:
     parent, _, last = module.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-    return layer
 
 
 def _projections(config: AdapterConfig, layers: Sequence[Frozen]) -> Projections | None:

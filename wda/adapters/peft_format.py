@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's layout, so that ``peft.PeftModel.from_pretrained`` loads them.
 
 What PEFT does not know goes by a ``peft_type`` of its own, so that PEFT refuses it rather than
-misread it: ``DVORA``, and ``DORA_PER_INPUT``.
+misread it: ``DVORA``, ``DORA_PER_INPUT``, ``SERIES`` and ``PARALLEL``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wda.adapters.adapter import Adapter
+from wda.adapters.bottleneck import bottlenecks
 from wda.adapters.config import AdapterConfig
 from wda.adapters.frozen import Frozen, FrozenConv, FrozenEmbedding, is_conv1d
 from wda.adapters.layer import AdaptedLayer
 from wda.adapters.lora import LoRA
 from wda.adapters.merge import adapted_layers, require_apart
+from wda.adapters.places import base_layer
 from wda.adapters.vera import INITIAL, VeRA
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.found import CONFIG_FILE
@@ -65,21 +67,21 @@ def save_adapter(
     name : str
         Which of the model's adapters.
     """
-    layers = _layers(model, name)
+    modules = [*_layers(model, name), *bottlenecks(model)]
+    bases = [base_layer(model, module) for module in modules]
     described = {
         "peft_version": _VERSION,
         "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": config.rank,
-        **(_of_vera(config) if config.shares_projections else _of_lora(config, layers, name)),
+        **_of_method(model, config, name),
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
-        "target_modules": sorted(layers),
+        "fan_in_fan_out": any(map(is_conv1d, bases)),
+        "target_modules": sorted(modules),
         "modules_to_save": list(trained_whole) or None,
     }
     tensors = {key: t.detach().cpu().contiguous() for key, t in _named(model, trained_whole, name)}
-    tensors |= _placeholders(layers, name)
+    tensors |= _placeholders(_layers(model, name), name)
     with staged_folder(folder) as scratch:
         save_file(tensors, scratch / _FILE, metadata={"format": "pt"})
         (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -122,6 +124,14 @@ def load_adapter(
             tensor.copy_(stored[key])
 
 
+def _of_method(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, object]:
+    if not config.changes_weights:
+        return {"peft_type": config.method.upper(), "bottleneck": config.bottleneck}
+    if config.shares_projections:
+        return _of_vera(config)
+    return _of_lora(config, _layers(model, name), name)
+
+
 def _of_lora(
     config: AdapterConfig, layers: Mapping[str, AdaptedLayer], name: str
 ) -> dict[str, object]:
@@ -129,6 +139,7 @@ def _of_lora(
     scaled = [module for module, layer in layers.items() if not _adapter(layer, name).rank]
     return {
         "peft_type": "LORA" if config.per == "output" else PER_INPUT,
+        "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "rank_pattern": {f"^{re.escape(module)}": 1 for module in scaled},
@@ -142,6 +153,7 @@ def _of_vera(config: AdapterConfig) -> dict[str, object]:
     """Give what PEFT's configuration says of VeRA alone."""
     return {
         "peft_type": config.method.upper(),
+        "r": config.rank,
         "vera_dropout": config.dropout,
         "projection_prng_key": 0,  # PEFT asks for one, and does not use it beside the projections
         "save_projection": True,
@@ -170,6 +182,9 @@ def _named(
         shared = adapter if isinstance(adapter, VeRA) else shared
         for key, tensor in _named_in_layer(layer.frozen, adapter, layer.configs[name]):
             yield f"{PREFIX}{module}.{key}", tensor
+    for module, beside in bottlenecks(model).items():
+        yield f"{PREFIX}{module}.bottleneck_down.weight", beside.down.weight
+        yield f"{PREFIX}{module}.bottleneck_up.weight", beside.up.weight
     if shared is not None:
         yield from zip(_PROJECTIONS, shared.projections.buffers(), strict=True)
     for module in trained_whole:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from torch import Tensor, nn
 
+from wda.adapters.bottleneck import BottleneckLayer
 from wda.adapters.frozen import kind_of
 from wda.adapters.layer import AdaptedLayer
 from wda.errors import SelectionError, listing
@@ -155,7 +156,7 @@ def _refuse_tied(model: nn.Module, modules: Sequence[str], field: str) -> None:
 def base_layer(model: nn.Module, module: str) -> nn.Module:
     """Give a model's layer, without the adapters it may have."""
     layer = model.get_submodule(module)
-    return layer.base_layer if isinstance(layer, AdaptedLayer) else layer
+    return layer.base_layer if isinstance(layer, AdaptedLayer | BottleneckLayer) else layer
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:

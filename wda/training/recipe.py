@@ -20,8 +20,8 @@ TaskName = Literal["classification", "causal-lm", "seq2seq"]
 # A step, or a share of all steps.
 Moment = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
 
-# Where training each way usually starts to be sought for: of the paper's tables for LoRA and DoRA
-# (1e-4 to 4e-4, DoRA's not above LoRA's), of its Table 11 for DVoRA, and of VeRA's for VeRA.
+# Where to start seeking each method's rate: for LoRA and DoRA of the paper's Table 8 (1e-4 to 3e-4,
+# DoRA's not above LoRA's), for DVoRA and so VeRA of its Table 11; the others are our choice.
 LEARNING_RATES = {
     "ft": 2e-5,
     "lora": 2e-4,
@@ -30,6 +30,8 @@ LEARNING_RATES = {
     "magnitude": 1e-3,
     "vera": 4e-3,
     "dvora": 4e-3,
+    "series": 3e-4,
+    "parallel": 3e-4,
 }
 
 

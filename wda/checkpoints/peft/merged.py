@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # Variants of LoRA that have tensors or weights of their own.
 _VARIANTS = ("use_bdlora", "kasa_config")
 
+# Methods of wda itself that put networks beside the weights.
+_BESIDE = ("SERIES", "PARALLEL")
+
 # Methods whose update of a module follows from its tensors, its weight and the shapes of all
 # modules. What others draw or decompose depends on the order of the modules or on all weights.
 _BY_MODULE = (
@@ -247,6 +250,11 @@ def read(found: Found) -> Contents:
 
 def _prefix(found: Found, kind: str) -> str:
     """Give what the names of a method's tensors begin with."""
+    if kind in _BESIDE:
+        raise CheckpointError(
+            f"{found.folder / CONFIG_FILE}: {kind.lower()} adapters stand beside the weights and "
+            "change none of them, so there is nothing to compare"
+        )
     try:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # noqa: PLC0415 - an extra
     except ImportError:

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused(method: str) -> None:
     adapted, config = perturbed(method)
     with pytest.raises(ModelError, match="has no adapters"):
         merge(adapted)
-    with pytest.raises(ModelError, match="has bottlenecks already"):
+    with pytest.raises(ModelError, match="are bottlenecks or normalised already"):
         inject(adapted, config)
     embedding = nn.ModuleDict({"embed_tokens": nn.Embedding(9, 4)})
     with pytest.raises(SelectionError, match=f"{method} is for linear layers; embed_tokens are"):

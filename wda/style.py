@@ -41,6 +41,7 @@ METHOD_NAMES = {
     "qdora": "QDoRA",
     "vera": "VeRA",
     "dvora": "DVoRA",
+    "weightnorm": "weight norm.",
 }
 
 _RC: Any = {

@@ -7,7 +7,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["lora", "rslora", "dora", "magnitude", "vera", "dvora", "series", "parallel"]
+Method = Literal[
+    "lora", "rslora", "dora", "magnitude", "vera", "dvora", "weightnorm", "series", "parallel"
+]
 
 # Which methods a field means something for; the others' fields mean something for all.
 _BELONGS_TO: dict[str, tuple[Method, ...]] = {
@@ -28,8 +30,8 @@ class AdapterConfig(BaseModel):
 
     method: Method = Field(
         description="Which adapter; `magnitude` trains DoRA's m alone, in the direction of W0; "
-        "`dvora` is DoRA whose direction VeRA updates; `series` and `parallel` put a bottleneck "
-        "after or beside a layer and change no weight."
+        "`dvora` is DoRA whose direction VeRA updates; `weightnorm` trains m and all of V; "
+        "`series` and `parallel` put a bottleneck after or beside a layer and change no weight."
     )
     rank: int = Field(default=8, ge=1, description="r, the rank of B·A.")
     alpha: float = Field(

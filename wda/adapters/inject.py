@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from wda.adapters.magnitude import MagnitudeOnly
 from wda.adapters.merge import adapted_layers, require_apart
 from wda.adapters.places import base_layer, check_rank, choose
 from wda.adapters.vera import Projections, VeRA
+from wda.adapters.weight_norm import normalise, normalised
 from wda.errors import ModelError, SelectionError, listing
 
 
@@ -67,26 +69,27 @@ def inject(
     q_proj.adapters.default.B
     """
     require_apart(model, "another cannot be put beside them")
-    if bottlenecks(model):
-        raise ModelError("model: has bottlenecks already; inject into the model without them")
+    if other := [*bottlenecks(model), *normalised(model)]:
+        raise ModelError(
+            f"model: {listing(other, 4)} are bottlenecks or normalised already; inject into the "
+            "model as it was"
+        )
     if any(name in layer.configs for layer in adapted_layers(model).values()):
         raise ModelError(f"name: the model has an adapter called {name!r}; choose another name")
     turned = choose(model, config.targets)
     scaled = choose(model, config.magnitudes, "magnitudes") if config.magnitudes else []
     _check(model, config, turned, scaled)
     model.requires_grad_(False)
-    if not config.changes_weights:
+    if config.method == "weightnorm":
+        for module in turned:
+            normalise(cast(nn.Linear, model.get_submodule(module)))
+    elif not config.changes_weights:
         _put_bottlenecks(model, config, turned)
-        _train_whole(model, trained_whole)
-        return len(turned)
-    layers = {module: _layer(model, module) for module in sorted({*turned, *scaled})}
-    shared = _projections(config, [layers[module].frozen for module in turned])
-    for module, layer in layers.items():
-        with_direction = config.method != "magnitude" and module in turned
-        layer.add(name, _adapter(layer.frozen, config, with_direction, shared), config)
-    activate(model, name)
-    _train_whole(model, trained_whole)
-    return len(layers)
+    else:
+        _put_adapters(model, config, turned, scaled, name)
+    for module in trained_whole:
+        model.get_submodule(module).requires_grad_(True)
+    return len({*turned, *scaled})
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -128,16 +131,34 @@ def activate(model: nn.Module, *names: str) -> None:
         layer.activate(names)
 
 
+def _put_adapters(
+    model: nn.Module,
+    config: AdapterConfig,
+    turned: Sequence[str],
+    scaled: Sequence[str],
+    name: str,
+) -> None:
+    layers = {module: _layer(model, module) for module in sorted({*turned, *scaled})}
+    shared = _projections(config, [layers[module].frozen for module in turned])
+    for module, layer in layers.items():
+        with_direction = config.method != "magnitude" and module in turned
+        layer.add(name, _adapter(layer.frozen, config, with_direction, shared), config)
+    activate(model, name)
+
+
 def _check(
     model: nn.Module, config: AdapterConfig, turned: Sequence[str], scaled: Sequence[str]
 ) -> None:
     # VeRA's r may be larger than its matrices.
     if config.method in ("lora", "rslora", "dora"):
         check_rank(model, turned, config.rank)
-    if config.per == "input" or not config.changes_weights:
+    for_linear = config.method in ("weightnorm", "series", "parallel")
+    if config.per == "input" or for_linear:
         kinds = {module: kind_of(base_layer(model, module)) for module in {*turned, *scaled}}
-        if others := sorted(m for m, k in kinds.items() if k not in (FrozenLinear, FrozenConv1D)):
-            what = config.method if config.method != "dora" else "per: input"
+        what = config.method if for_linear else "per: input"
+        # A V in the place of W0 would be stored as W0 is, transposed in a Conv1D.
+        linear = {FrozenLinear} if what == "weightnorm" else {FrozenLinear, FrozenConv1D}
+        if others := sorted(m for m, kind in kinds.items() if kind not in linear):
             raise SelectionError(
                 f"targets: {what} is for linear layers; {listing(others, 4)} are not; choose "
                 "other targets"
@@ -164,11 +185,6 @@ def _put_bottlenecks(model: nn.Module, config: AdapterConfig, modules: Sequence[
         out_features, features = kind(base).weight.shape
         layer = BottleneckLayer(base, features, out_features, config.bottleneck, series)
         _replace(model, module, layer)
-
-
-def _train_whole(model: nn.Module, modules: Sequence[str]) -> None:
-    for module in modules:
-        model.get_submodule(module).requires_grad_(True)
 
 
 def _replace(model: nn.Module, module: str, layer: nn.Module) -> None:

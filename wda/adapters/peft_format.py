@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's layout, so that ``peft.PeftModel.from_pretrained`` loads them.
 
 What PEFT does not know goes by a ``peft_type`` of its own, so that PEFT refuses it rather than
-misread it: ``DVORA``, ``DORA_PER_INPUT``, ``SERIES`` and ``PARALLEL``.
+misread it: ``DVORA``, ``DORA_PER_INPUT``, ``WEIGHTNORM``, ``SERIES`` and ``PARALLEL``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from wda.adapters.lora import LoRA
 from wda.adapters.merge import adapted_layers, require_apart
 from wda.adapters.places import base_layer
 from wda.adapters.vera import INITIAL, VeRA
+from wda.adapters.weight_norm import normalised
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.found import CONFIG_FILE
 from wda.checkpoints.peft.lora import PER_INPUT
@@ -67,7 +68,7 @@ def save_adapter(
     name : str
         Which of the model's adapters.
     """
-    modules = [*_layers(model, name), *bottlenecks(model)]
+    modules = [*_layers(model, name), *bottlenecks(model), *normalised(model)]
     bases = [base_layer(model, module) for module in modules]
     described = {
         "peft_version": _VERSION,
@@ -127,6 +128,8 @@ def load_adapter(
 def _of_method(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, object]:
     if not config.changes_weights:
         return {"peft_type": config.method.upper(), "bottleneck": config.bottleneck}
+    if config.method == "weightnorm":
+        return {"peft_type": config.method.upper()}
     if config.shares_projections:
         return _of_vera(config)
     return _of_lora(config, _layers(model, name), name)
@@ -185,6 +188,9 @@ def _named(
     for module, beside in bottlenecks(model).items():
         yield f"{PREFIX}{module}.bottleneck_down.weight", beside.down.weight
         yield f"{PREFIX}{module}.bottleneck_up.weight", beside.up.weight
+    for module, (m, v) in normalised(model).items():
+        yield f"{PREFIX}{module}.weight_m", m
+        yield f"{PREFIX}{module}.weight_v", v
     if shared is not None:
         yield from zip(_PROJECTIONS, shared.projections.buffers(), strict=True)
     for module in trained_whole:

@@ -30,6 +30,7 @@ LEARNING_RATES = {
     "magnitude": 1e-3,
     "vera": 4e-3,
     "dvora": 4e-3,
+    "weightnorm": 2e-5,
     "series": 3e-4,
     "parallel": 3e-4,
 }

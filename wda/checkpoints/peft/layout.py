@@ -27,6 +27,7 @@ _READERS: dict[str, Callable[[Found], Contents]] = {
     "ADALORA": methods.read_adalora,
     "VERA": methods.read_vera,
     "DVORA": methods.read_vera,
+    "WEIGHTNORM": methods.read_weight_norm,
     "LOHA": methods.read_loha,
     "LOKR": methods.read_lokr,
     "OFT": methods.read_oft,

@@ -68,6 +68,18 @@ def read_vera(found: Found) -> Contents:
     return _contents(names, forms, str(config["peft_type"]).lower())
 
 
+def read_weight_norm(found: Found) -> Contents:
+    """Read weight normalisation as wda writes it: m, and V in the place of W0."""
+    names = _sorted(found, "weight_m", "weight_v")
+    forms: dict[str, Form] = {
+        module: Decomposed(
+            Whole(_stored(names, "weight_v", module)), _stored(names, "weight_m", module)
+        )
+        for module in names["weight_v"]
+    }
+    return _contents(names, forms, "weightnorm")
+
+
 def _projections(names: Names, config: Mapping[str, Any]) -> Projections:
     """Give the projections that are stored once for all modules, or were not saved."""
     (a, *_), (b, *_) = ([*names[kind], None] for kind in ("vera_A", "vera_B"))

@@ -351,7 +351,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "packed": (
         integer_model,
         {"targets": ["query"]},
-        r"^targets: the weights of q_proj are torch.int8, packed numbers; load the model in",
+        r"^targets: the weights of q_proj are torch.int8, packed numbers that are not bitsandb.*; "
+        r"load the model in float32, bfloat16 or float16, or quantised by bitsandbytes$",
     ),
 }
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wda.adapters.adapter import Adapter, joined
-from wda.adapters.frozen import Frozen
+from wda.adapters.frozen import Frozen, wide
 from wda.adapters.kept import Kept
 from wda.updates import Update, WeightDecomposed, column_scaled, inner_products
 
@@ -127,7 +127,7 @@ class Decomposed:
         """‖V‖ of every vector, without forming V."""
         differentiate = self.full_gradient and torch.is_grad_enabled()
         # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
-        precise = torch.autocast(frozen.weight.device.type, enabled=False)
+        precise = torch.autocast(frozen.layer.weight.device.type, enabled=False)
         with torch.set_grad_enabled(differentiate), precise:
             squared = self._squared_norm(frozen) + self._growth(frozen)
             # The root of zero has no gradient.
@@ -142,20 +142,22 @@ class Decomposed:
         update = joined([adapter.in_training() for adapter in self.adapters])
         if update is None:
             return 0
-        weight, A, B = frozen.weight, update.A, update.B
-        if self.per == "input":
-            weight, A, B = weight.T, B.T, A.T
-        wide = _wide(weight)
-        projected, gram = self._products(weight, A)
-        c, g = inner_products(projected.to(wide), gram.to(wide), B.to(wide), update.scaling)
+        A, B = update.A, update.B
+        if self.per == "output":
+            projected, gram = self._products(frozen, A)
+        else:
+            A, B = B.T, A.T
+            projected, gram = frozen.weight.T @ A.T, A @ A.T
+        dtype = wide(projected)
+        c, g = inner_products(projected.to(dtype), gram.to(dtype), B.to(dtype), update.scaling)
         return 2 * c + g
 
-    def _products(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def _products(self, frozen: Frozen, A: Tensor) -> tuple[Tensor, Tensor]:
         """W0·Aᵀ and A·Aᵀ, computed once where A is never trained."""
-        if A.requires_grad or len(self.adapters) > 1 or self.per == "input":
-            return weight @ A.T, A @ A.T
+        if A.requires_grad or len(self.adapters) > 1:
+            return frozen.projected(A), A @ A.T
         return (
-            self._projected.get(lambda: weight @ A.T, [weight, A]),
+            self._projected.get(lambda: frozen.projected(A), [frozen.layer.weight, A]),
             self._gram.get(lambda: A @ A.T, [A]),
         )
 
@@ -167,14 +169,7 @@ def start_magnitude(frozen: Frozen, per: Per = "output") -> Float[Tensor, "vecto
 
 
 def _squares(frozen: Frozen, per: Per) -> Float[Tensor, "vectors"]:
-    weight, dim = frozen.weight, 1 if per == "output" else 0
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=_wide(weight))
-    return norm.square()
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    """Give the dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
-    return torch.promote_types(weight.dtype, torch.float32)
+    return frozen.squares(1 if per == "output" else 0)
 
 
 def _magnitude(adapter: Adapter) -> Float[Tensor, "vectors"]:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,11 +31,13 @@ class Frozen(ABC):
     Parameters
     ----------
     layer : nn.Module
-        The layer; its parameters are frozen.
+        The layer.
     """
 
+    packed: ClassVar[bool] = False
+
     def __init__(self, layer: Any) -> None:
-        self.layer = layer.requires_grad_(False)
+        self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply W0, and the bias."""
@@ -50,6 +53,25 @@ class Frozen(ABC):
     def weight(self) -> Float[Tensor, "out features"]:
         """W0."""
         return self.as_matrix(self.layer.weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Give (out, features)."""
+        out_features, features = self.weight.shape
+        return out_features, features
+
+    def new_full(self, shape: tuple[int, ...], value: float) -> Tensor:
+        """Make a tensor for an adapter, with the weight's dtype and device."""
+        return self.weight.new_full(shape, value)
+
+    def projected(self, A: Float[Tensor, "rank features"]) -> Float[Tensor, "out rank"]:
+        """W0·Aᵀ, differentiable in A."""
+        return self.weight @ A.T
+
+    def squares(self, dim: int) -> Float[Tensor, "vectors"]:
+        """‖W0‖² of every row (1) or column (0), float32 where W0 is less precise."""
+        norm: Tensor = torch.linalg.vector_norm(self.weight, dim=dim, dtype=wide(self.weight))
+        return norm.square()
 
     @abstractmethod
     def as_matrix(self, stored: Tensor) -> Float[Tensor, "out features"]:
@@ -163,27 +185,12 @@ class FrozenConv(Frozen):
         return v[(..., *[None] * len(self.layer.kernel_size))]
 
 
+def wide(weight: Tensor) -> torch.dtype:
+    """Give the dtype of κ and what it is made of; in half precision κ − 1 would be lost."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """Tell whether a layer is GPT-2's Conv1D."""
     kind = type(layer)  # by its name, for importing transformers takes seconds
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-
-
-def kind_of(layer: nn.Module) -> type[Frozen] | None:
-    """Tell how a layer is seen as a matrix; None where no adapter can go into it.
-
-    A subclass with a forward of its own, such as an embedding that scales its vectors, is another
-    layer than the one it inherits from.
-    """
-    if is_conv1d(layer):
-        return FrozenConv1D
-    kinds: dict[type[nn.Module], type[Frozen]] = {
-        nn.Linear: FrozenLinear,
-        nn.Embedding: FrozenEmbedding,
-        nn.Conv1d: FrozenConv,
-        nn.Conv2d: FrozenConv,
-    }
-    for known, kind in kinds.items():
-        if isinstance(layer, known) and type(layer).forward is known.forward:
-            return kind
-    return None

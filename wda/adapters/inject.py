@@ -10,7 +10,8 @@ from torch import nn
 from wda.adapters.adapter import Adapter
 from wda.adapters.bottleneck import BottleneckLayer, bottlenecks
 from wda.adapters.config import AdapterConfig
-from wda.adapters.frozen import Frozen, FrozenConv1D, FrozenLinear, kind_of
+from wda.adapters.frozen import Frozen, FrozenConv1D, FrozenLinear
+from wda.adapters.kinds import kind_of
 from wda.adapters.layer import AdaptedLayer
 from wda.adapters.lora import LoRA
 from wda.adapters.magnitude import MagnitudeOnly
@@ -182,7 +183,7 @@ def _put_bottlenecks(model: nn.Module, config: AdapterConfig, modules: Sequence[
         base, series = model.get_submodule(module), config.method == "series"
         kind = kind_of(base)
         assert kind is not None
-        out_features, features = kind(base).weight.shape
+        out_features, features = kind(base).shape
         layer = BottleneckLayer(base, features, out_features, config.bottleneck, series)
         _replace(model, module, layer)
 

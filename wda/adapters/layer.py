@@ -33,7 +33,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, frozen: Frozen) -> None:
         super().__init__()
         self.frozen = frozen
-        self.base_layer: nn.Module = frozen.layer
+        self.base_layer: nn.Module = frozen.layer.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.configs: dict[str, AdapterConfig] = {}
         self.active: tuple[str, ...] = ()

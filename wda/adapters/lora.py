@@ -36,10 +36,9 @@ class LoRA(Adapter):
         super().__init__()
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
-        out_features, features = frozen.weight.shape
-        # new_… keep the weight's dtype and device.
-        self.A = nn.Parameter(frozen.weight.new_empty(rank, features))
-        self.B = nn.Parameter(frozen.weight.new_empty(out_features, rank))
+        out_features, features = frozen.shape
+        self.A = nn.Parameter(frozen.new_full((rank, features), 0.0))
+        self.B = nn.Parameter(frozen.new_full((out_features, rank), 0.0))
         frozen.initialise(self.A, self.B)
 
     @property
@@ -87,7 +86,7 @@ class Added:
         """Apply Wt, and the bias."""
         out = frozen(x)
         for adapter in self.adapters:
-            out = out + adapter.apply_to(frozen, x, adapter.left(None))
+            out = (out + adapter.apply_to(frozen, x, adapter.left(None))).to(out.dtype)
         return out
 
     def update(self, frozen: Frozen) -> Update | None:  # noqa: ARG002

@@ -22,7 +22,7 @@ class MagnitudeOnly(Adapter):
 
     def __init__(self, frozen: Frozen) -> None:
         super().__init__()
-        self._shape = frozen.weight.shape
+        self._shape = frozen.shape
 
     @property
     def rank(self) -> int:

@@ -27,7 +27,8 @@ def merge(model: nn.Module) -> int:
     Raises
     ------
     ModelError
-        When there are no adapters, or they are merged already; then nothing was changed.
+        When there are no adapters, they are merged already, or their weights are packed; then
+        nothing was changed.
 
     Examples
     --------
@@ -44,6 +45,12 @@ def merge(model: nn.Module) -> int:
         raise ModelError(
             f"model: the adapters of {listing(done, 3)} are merged already; merging twice would "
             "count them twice; wda.adapters.unmerge(model) takes them out"
+        )
+    if packed := [name for name, layer in layers.items() if layer.frozen.packed]:
+        raise ModelError(
+            f"model: the weights of {listing(packed, 3)} are packed, and what the adapter changed "
+            "would be lost in rounding Wt to so few levels; `wda merge ADAPTER --base BASE --out "
+            "DIR` writes the merged model unpacked"
         )
     for layer in layers.values():
         layer.merge()

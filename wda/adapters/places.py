@@ -8,8 +8,10 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from wda.adapters.bottleneck import BottleneckLayer
-from wda.adapters.frozen import kind_of
+from wda.adapters.frozen import Frozen
+from wda.adapters.kinds import kind_of
 from wda.adapters.layer import AdaptedLayer
+from wda.adapters.packed import packed_kind
 from wda.errors import SelectionError, listing
 from wda.naming import Matrix, find_matrices, select
 
@@ -53,7 +55,7 @@ def check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
     SelectionError
         Naming the smallest of the matrices.
     """
-    shapes = {module: tuple(_weight(model, module).flatten(1).shape) for module in modules}
+    shapes = {module: _frozen(model, module).shape for module in modules}
     smallest = min(shapes, key=lambda module: min(shapes[module]))
     most = min(shapes[smallest])
     if rank > most:
@@ -65,7 +67,13 @@ def check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Give the shapes of all of the model's own parameters, of shared ones under each name."""
-    return {name: tuple(parameter.shape) for name, parameter in _own_parameters(model)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in _own_parameters(model)}
+    packed = {
+        f"{name}.weight": kind(layer).shape
+        for name, layer in model.named_modules()
+        if (kind := packed_kind(layer)) is not None
+    }
+    return shapes | {name.replace(".base_layer.", "."): s for name, s in packed.items()}
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -117,11 +125,13 @@ def _refuse_other_kinds(model: nn.Module, modules: Sequence[str], field: str) ->
             f"{field}: {listing(clipped, 4)} shorten their vectors in every forward pass "
             f"(max_norm), so there is no W0; choose other {field}"
         )
-    packed = [m for m in modules if not _weight(model, m).is_floating_point()]
+    unpacked = [m for m in modules if not _frozen(model, m).packed]
+    packed = [m for m in unpacked if not _weight(model, m).is_floating_point()]
     if packed:
         raise SelectionError(
             f"{field}: the weights of {listing(packed, 4)} are {_weight(model, packed[0]).dtype}, "
-            "packed numbers; load the model in float32, bfloat16 or float16"
+            "packed numbers that are not bitsandbytes'; load the model in float32, bfloat16 or "
+            "float16, or quantised by bitsandbytes"
         )
 
 
@@ -157,6 +167,13 @@ def base_layer(model: nn.Module, module: str) -> nn.Module:
     """Give a model's layer, without the adapters it may have."""
     layer = model.get_submodule(module)
     return layer.base_layer if isinstance(layer, AdaptedLayer | BottleneckLayer) else layer
+
+
+def _frozen(model: nn.Module, module: str) -> Frozen:
+    layer = base_layer(model, module)
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind(layer)
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:

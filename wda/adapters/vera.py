@@ -34,15 +34,17 @@ class Projections(nn.Module):
 
     def __init__(self, layers: Iterable[Frozen], rank: int) -> None:
         super().__init__()
-        weights = [layer.weight for layer in layers]
-        most_out = max(len(weight) for weight in weights)
-        most_features = max(weight.shape[1] for weight in weights)
+        layers = list(layers)
+        most_out, most_features = (
+            max(sizes) for sizes in zip(*(layer.shape for layer in layers), strict=True)
+        )
         A, B = torch.empty(rank, most_features), torch.empty(most_out, rank)
         for factor in (A, B):
             nn.init.kaiming_uniform_(factor)
+        like = layers[0].new_full((), 0.0)
         # Every layer would repeat them in a state dict; the adapter's file holds them once.
-        self.register_buffer("A", A.to(weights[0]), persistent=False)
-        self.register_buffer("B", B.to(weights[0]), persistent=False)
+        self.register_buffer("A", A.to(like), persistent=False)
+        self.register_buffer("B", B.to(like), persistent=False)
 
 
 class VeRA(Adapter):
@@ -64,10 +66,9 @@ class VeRA(Adapter):
         super().__init__()
         self.projections = projections  # a module, not its tensors, so that moving keeps it shared
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
-        self._shape = frozen.weight.shape
-        new = frozen.weight.new_full
-        self.lambda_d = nn.Parameter(new((len(projections.A),), INITIAL))
-        self.lambda_b = nn.Parameter(new((self._shape[0],), 0.0))
+        self._shape = frozen.shape
+        self.lambda_d = nn.Parameter(frozen.new_full((len(projections.A),), INITIAL))
+        self.lambda_b = nn.Parameter(frozen.new_full((self._shape[0],), 0.0))
 
     @property
     def rank(self) -> int:

@@ -335,3 +335,50 @@ def test_learning_rates_of_the_methods() -> None:
     }
     assert rates["ft"] < rates["dora"] < rates["lora"] < rates["vera"]
     assert Recipe(**content, learning_rate=0.5).rate == 0.5
+
+
+@pytest.mark.parametrize("quantised", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_packed_base_is_kept_and_compared_with(
+    method: str, quantised: str, material: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_key_value_heads": 4}
+    config = llama().config
+    config.update(shape)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    adapter = {"method": method, "rank": 2, "alpha": 6, "targets": ["query", "down"]}
+    asked = recipe(
+        material,
+        base=str(tmp_path / "model"),
+        adapter=adapter,
+        quantised=quantised,
+        learning_rate=1e-4,
+    )
+    result = train_recipe(asked, tmp_path / "run", progress=False)
+    assert result.loss > 0
+    comparison = wda.compare(tmp_path / "run", matrices=["query", "down"], progress=False)
+    assert set(comparison.table["method"]) == {f"q{method}"}
+    assert (comparison.table["delta_d"] > 0).all()
+    # Without the packing's own noise, which is larger than what six steps change.
+    against = wda.compare(
+        tmp_path / "run",
+        base=tmp_path / "model",
+        matrices=["query", "down"],
+        w0="original",
+        progress=False,
+    )
+    assert comparison.table["delta_d"].mean() < against.table["delta_d"].mean() / 2
+
+
+def test_packed_weights_are_not_trained(material: Path) -> None:
+    for changes, message in [
+        ({"adapter": None}, "packed weights cannot be trained, as ft would"),
+        ({"adapter": {"method": "weightnorm"}}, "cannot be trained, as weightnorm would"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipe(material, quantised="nf4", **changes)
+    with pytest.raises(ValueError, match="quantised: is for causal-lm and seq2seq"):
+        Recipe(base="b", data={"location": "d.csv"}, steps=1, quantised="nf4")

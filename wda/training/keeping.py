@@ -43,17 +43,25 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         What for.
     trained_whole : tuple of str
         Modules trained beside an adapter, saved with it.
+    base : str
+        Location of what an adapter is trained on.
     **kwargs
         For ``transformers.Trainer``.
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, trained_whole: tuple[str, ...], **kwargs: Any
+        self,
+        recipe: Recipe,
+        task: Task,
+        trained_whole: tuple[str, ...],
+        base: str,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.task = task
         self.trained_whole = trained_whole
+        self.base = base
         self._saving = False
         # The first step whose loss was no number; where the loss is, so that no step waits for it.
         self._lost: Tensor | None = None
@@ -155,7 +163,7 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
             self.model,
             self.recipe.adapter,
             Path(output_dir or self.args.output_dir),
-            base=self.recipe.base,
+            base=self.base,
             trained_whole=self.trained_whole,
             task_type=self.task.peft_type,
         )

@@ -91,6 +91,11 @@ class Recipe(BaseModel):
     adapter: AdapterConfig | None = Field(
         default=None, description="The adapter; without one, all weights are trained."
     )
+    quantised: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Pack the frozen base by bitsandbytes before an adapter is trained on it: "
+        "QLoRA, QDoRA. The packed base is kept in the run's folder.",
+    )
     steps: int | None = Field(default=None, gt=0, description="Optimiser steps; or give `epochs`.")
     epochs: float | None = Field(
         default=None, gt=0, description="Passes over the data; or give `steps`."
@@ -132,6 +137,17 @@ class Recipe(BaseModel):
         late = [k for k in self.keep if self.steps and isinstance(k, int) and k > self.steps]
         if late:
             raise ValueError(f"keep: steps {late} lie after the last, steps: {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_packed_base_is_frozen(self) -> Self:
+        if self.quantised and self.task == "classification":
+            raise ValueError("quantised: is for causal-lm and seq2seq, whose models are whole")
+        if self.quantised and (self.adapter is None or self.method == "weightnorm"):
+            raise ValueError(
+                f"quantised: packed weights cannot be trained, as {self.method} would; add an "
+                "adapter such as dora"
+            )
         return self
 
     @model_validator(mode="after")

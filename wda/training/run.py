@@ -88,6 +88,7 @@ def train_recipe(
     _require_training_extra()
     # transformers is slow to import.
     from wda.training.keeping import METRICS_FILE, drop_training_state, last_checkpoint  # noqa: PLC0415
+    from wda.training.packing import packed_base  # noqa: PLC0415
     from wda.training.trainer import make_trainer  # noqa: PLC0415
     from wda.training.watching import ShowProgress  # noqa: PLC0415
 
@@ -99,6 +100,8 @@ def train_recipe(
     if first:
         _prepare(recipe, run_folder, resume)
         _record_inputs(recipe, base, run_folder)
+    if recipe.quantised:
+        base = packed_base(recipe, base, run_folder)
     with progress_bar(progress and first) as bar:
         trainer = make_trainer(recipe, base, run_folder)
         steps = trainer.args.max_steps

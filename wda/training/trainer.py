@@ -45,7 +45,9 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
     tokenizer = load_pretrained(transformers.AutoTokenizer, base)
     splits = task.splits(tokenizer)
     transformers.set_seed(recipe.seed)
-    model = task.model(base, splits)
+    model = task.model(base, splits.classes)
+    if recipe.quantised:
+        model._hf_peft_config_loaded = True  # it asks for peft's adapters, and ours do as well
     whole: tuple[str, ...] = ()
     if recipe.adapter is not None:
         whole = task.new_modules(model, base)
@@ -57,6 +59,7 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
         recipe,
         task,
         whole,
+        str(base.resolve()) if recipe.quantised else recipe.base,
         model=model,
         args=_arguments(recipe, task, steps, run_folder),
         train_dataset=splits.train,

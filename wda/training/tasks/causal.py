@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.tasks.generation import IGNORED, Generation
-from wda.training.tasks.task import Splits, load_pretrained
+from wda.training.tasks.task import load_pretrained
 
 
 class CausalLM(Generation):
@@ -45,9 +45,10 @@ class CausalLM(Generation):
             given = given[:-1]
         return given, [*tokenizer(answer, add_special_tokens=False)["input_ids"], end]
 
-    def model(self, base: Path, splits: Splits) -> Any:  # noqa: ARG002
+    def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
         """Load the language model."""
-        return load_pretrained(transformers.AutoModelForCausalLM, base, dtype=torch.float32)
+        kind = transformers.AutoModelForCausalLM
+        return load_pretrained(kind, base, dtype=torch.float32, **options)
 
     def aligned(
         self, scores: torch.Tensor, labels: torch.Tensor

@@ -73,17 +73,18 @@ class Classification(Task):
             )
         return rows.select_columns([source.text, source.label]).class_encode_column(source.label)
 
-    def model(self, base: Path, splits: Splits) -> Any:
+    def model(self, base: Path, classes: list[str], **options: Any) -> Any:
         """Load the model, with a new head unless it has one for as many classes."""
         try:
             kind = transformers.AutoModelForSequenceClassification
-            return load_pretrained(kind, base, num_labels=len(splits.classes), dtype=torch.float32)
+            options = {"num_labels": len(classes), "dtype": torch.float32, **options}
+            return load_pretrained(kind, base, **options)
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
             known = transformers.AutoConfig.from_pretrained(base).num_labels
             raise ManifestError(
-                f"data.label: has {len(splits.classes)} classes ({listing(splits.classes, 4)}), "
+                f"data.label: has {len(classes)} classes ({listing(classes, 4)}), "
                 f"but {base} was trained to tell {known} apart; choose rows by data.where, or take "
                 "a base without a head"
             ) from None

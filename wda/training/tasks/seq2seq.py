@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.tasks.generation import Generation
-from wda.training.tasks.task import Splits, load_pretrained
+from wda.training.tasks.task import load_pretrained
 
 
 class Seq2Seq(Generation):
@@ -31,9 +31,10 @@ class Seq2Seq(Generation):
             "labels": labels,
         }
 
-    def model(self, base: Path, splits: Splits) -> Any:  # noqa: ARG002
+    def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
         """Load the encoder and decoder."""
-        return load_pretrained(transformers.AutoModelForSeq2SeqLM, base, dtype=torch.float32)
+        kind = transformers.AutoModelForSeq2SeqLM
+        return load_pretrained(kind, base, dtype=torch.float32, **options)
 
     def aligned(
         self, scores: torch.Tensor, labels: torch.Tensor

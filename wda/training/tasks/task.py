@@ -57,8 +57,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def model(self, base: Path, splits: Splits) -> Any:
-        """Load the pre-trained model, in float32."""
+    def model(self, base: Path, classes: list[str], **options: Any) -> Any:
+        """Load the pre-trained model, in float32; transformers' options may pack it."""
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: Any) -> Any:

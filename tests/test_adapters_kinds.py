@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from adapted import adapt, only
 from torch import Tensor, nn
 from torch.nn import functional
@@ -138,27 +139,102 @@ class Net(nn.Module):
 TARGETS = ["embed_tokens", "conv_in", "conv_out", "q_proj"]
 
 
+class ResNet(nn.Module):
+    """A stem and a block whose shortcut is a convolution of size one, with norms between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pixels = nn.Embedding(9, 3)
+        self.stem = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(5)
+        self.conv1 = nn.Conv2d(5, 7, (3, 1), padding=(1, 0), bias=False)
+        self.conv2 = nn.Conv2d(7, 7, 3, padding=1)
+        self.shortcut = nn.Conv2d(5, 7, 1)
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        image = self.pixels(ids)[..., None, :] * torch.linspace(-1, 1, 6)[:, None]
+        h = functional.relu(self.norm(self.stem(image.permute(0, 3, 1, 2).to(self.head.weight))))
+        h = functional.relu(self.shortcut(h) + self.conv2(functional.relu(self.conv1(h))))
+        return self.head(h.mean(dim=(2, 3)))
+
+
+def llama() -> Any:
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=20,
+        vocab_size=9,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    """With a position's vector beside a token's, and a head that has a weight of its own."""
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(
+        n_embd=12, n_layer=1, n_head=2, vocab_size=9, n_positions=16, tie_word_embeddings=False
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "net": (Net, TARGETS),
+    "resnet": (ResNet, ["stem", "conv1", "conv2", "shortcut", "head"]),
+    "llama": (llama, ["embed_tokens", "v_proj", "lm_head"]),
+    "gpt2": (gpt2, ["wte", "wpe", "c_attn"]),
+}
+THEIR_NAMES = {
+    "A": ("lora_A.default.weight", "lora_embedding_A.default"),
+    "B": ("lora_B.default.weight", "lora_embedding_B.default"),
+    "magnitude": ("lora_magnitude_vector.default.weight",),
+}
+
+
+def outputs(model: Any, ids: Tensor) -> Tensor:
+    found = model(ids)
+    return found if isinstance(found, Tensor) else found.logits
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
-def test_peft_loads_them_with_the_same_outputs_and_gradients(method: str, tmp_path: Path) -> None:
-    model = Net().double()
-    config = AdapterConfig(
-        method=method, rank=3, alpha=7, targets=[f"re:{name}" for name in TARGETS]
-    )
-    assert inject(model, config) == 4
+@pytest.mark.parametrize("case", MODELS)
+def test_peft_loads_them_with_the_same_outputs_and_gradients(
+    case: str, method: str, tmp_path: Path
+) -> None:
+    make, targets = MODELS[case]
+    model = make().double().eval()
+    words = [f"re:(^|\\.){name}$" for name in targets]
+    config = AdapterConfig(method=method, rank=3, alpha=7, targets=words)
+    assert inject(model, config) == len(targets)
     perturb(model)
     save_adapter(model, config, tmp_path / "a", "base")
-    theirs = peft.PeftModel.from_pretrained(Net().double(), tmp_path / "a", is_trainable=True)
+    base = make().double().eval()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a", is_trainable=True).eval()
     ids = torch.randint(0, 9, (2, 11))
-    ours_out, their_out = model(ids), theirs(ids)
+    ours_out, their_out = outputs(model, ids), outputs(theirs, ids)
     torch.testing.assert_close(ours_out, their_out, rtol=1e-11, atol=1e-12)
-    assert not torch.allclose(ours_out, Net().double()(ids), rtol=1e-2)
+    assert not torch.allclose(ours_out, outputs(make().double().eval(), ids), rtol=1e-2)
     ours_out.square().sum().backward()
     their_out.square().sum().backward()
-    ours_found = sorted(float(p.grad.norm()) for p in model.parameters() if p.requires_grad)
-    their_found = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad)
-    assert ours_found == pytest.approx(their_found, rel=1e-10)
-    assert len(ours_found) == 4 * (3 if method == "dora" else 2)
+    their_parameters = dict(theirs.named_parameters())
+    compared = 0
+    for name, parameter in model.named_parameters():
+        module, _, part = name.partition(".adapters.default.")
+        if not parameter.requires_grad:
+            continue
+        names = [f"base_model.model.{module}.{their}" for their in THEIR_NAMES[part]]
+        (other,) = (their_parameters[their] for their in names if their in their_parameters)
+        assert parameter.grad.abs().max() > 1e-6
+        torch.testing.assert_close(
+            parameter.grad.flatten(), other.grad.flatten(), rtol=1e-10, atol=1e-11
+        )
+        compared += 1
+    assert compared == len(targets) * (3 if method == "dora" else 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,3 +281,12 @@ def test_what_is_no_matrix_is_refused_in_a_line(case: str) -> None:
     with pytest.raises(SelectionError, match=message) as caught:
         adapt(layer, "lora", rank=2)
     assert "\n" not in str(caught.value)
+
+
+def test_an_embedding_that_the_head_shares_is_refused() -> None:
+    shape = transformers.GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=9, n_positions=16)
+    model = transformers.GPT2LMHeadModel(shape)
+    config = AdapterConfig(method="dora", rank=2, targets=["wte"])
+    with pytest.raises(SelectionError, match=r"transformer.wte shares its weight with lm_head"):
+        inject(model, config)
+    assert isinstance(model.transformer.wte, nn.Embedding)

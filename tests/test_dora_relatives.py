@@ -280,6 +280,19 @@ def test_the_newest_adapter_alone_takes_part_and_is_trained() -> None:
     assert model["q_proj"].adapters["a"].A.grad is None
 
 
+def test_what_one_adapter_kept_is_not_anothers() -> None:
+    """In evaluation κ is kept; another choice, or the same made again, starts anew."""
+    model, _ = model_of_two("dora")
+    model.eval().requires_grad_(False)
+    x = torch.randn(2, 10, dtype=torch.float64)
+    for names in ("a", "b", "ab", "a", "", "ba", "b"):
+        activate(model, *names)
+        fresh, _ = model_of_two("dora")
+        activate(fresh, *names)
+        for _ in range(2):
+            assert torch.equal(model["q_proj"](x), fresh.train()["q_proj"](x))
+
+
 def lora_beside_dora(model: nn.Module) -> None:
     inject(model, AdapterConfig(method="lora", rank=2, targets=["query"]), name="c")
     activate(model, "a", "c")

@@ -755,7 +755,7 @@ def test_patterns_that_versions_match_differently(tmp_path: Path) -> None:
         ("loha", {"alpha": ...}, "alpha missing; the scaling needs it"),
         ("adalora", {"init_r": ...}, "init_r missing; the scaling needs it"),
         ("linear", {"peft_type": "TINYLORA"}, "'TINYLORA' is not read: either no weight changes"),
-        ("linear", {"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' is not read: either no weig"),
+        ("linear", {"peft_type": "PREFIX_TUNING"}, "stand beside the weights and change none"),
         ("linear", {"peft_type": "LATER"}, "knows no peft_type 'LATER'; install the version"),
         ("linear", {"peft_type": "HRA"}, "no tensor of a HRA adapter"),
     ],

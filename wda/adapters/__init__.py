@@ -8,6 +8,7 @@ from wda.adapters.lora import LoRA
 from wda.adapters.magnitude import MagnitudeOnly
 from wda.adapters.merge import merge, unmerge
 from wda.adapters.peft_format import load_adapter, save_adapter
+from wda.adapters.prefix import with_prefix
 from wda.adapters.vera import VeRA
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "merge",
     "save_adapter",
     "unmerge",
+    "with_prefix",
 ]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal[
-    "lora", "rslora", "dora", "magnitude", "vera", "dvora", "weightnorm", "series", "parallel"
+    "lora",
+    "rslora",
+    "dora",
+    "magnitude",
+    "vera",
+    "dvora",
+    "weightnorm",
+    "series",
+    "parallel",
+    "prefix",
 ]
 
 # Which methods a field means something for; the others' fields mean something for all.
@@ -20,6 +29,8 @@ _BELONGS_TO: dict[str, tuple[Method, ...]] = {
     "full_gradient": ("dora", "dvora"),
     "per": ("dora",),
     "bottleneck": ("series", "parallel"),
+    "targets": tuple(method for method in get_args(Method) if method != "prefix"),
+    "virtual_tokens": ("prefix",),
 }
 
 
@@ -31,7 +42,8 @@ class AdapterConfig(BaseModel):
     method: Method = Field(
         description="Which adapter; `magnitude` trains DoRA's m alone, in the direction of W0; "
         "`dvora` is DoRA whose direction VeRA updates; `weightnorm` trains m and all of V; "
-        "`series` and `parallel` put a bottleneck after or beside a layer and change no weight."
+        "`series` and `parallel` put a bottleneck after or beside a layer, `prefix` puts keys and "
+        "values before every text; these three change no weight."
     )
     rank: int = Field(default=8, ge=1, description="r, the rank of B·A.")
     alpha: float = Field(
@@ -69,6 +81,9 @@ class AdapterConfig(BaseModel):
     bottleneck: int = Field(
         default=256, ge=1, description="Series and Parallel: features of the bottleneck."
     )
+    virtual_tokens: int = Field(
+        default=30, ge=1, description="Prefix: how many keys and values each layer gets."
+    )
 
     @model_validator(mode="after")
     def _fields_belong_to_the_method(self) -> Self:
@@ -98,7 +113,7 @@ class AdapterConfig(BaseModel):
     @property
     def changes_weights(self) -> bool:
         """Whether there is a Wt; else modules are put beside the weights."""
-        return self.method not in ("series", "parallel")
+        return self.method not in ("series", "parallel", "prefix")
 
     @property
     def shares_projections(self) -> bool:

@@ -54,7 +54,7 @@ def inject(
         When a target names no module, or one that no adapter can go into, shares its weight with
         another, or is too small for the rank. The model is as it was.
     ModelError
-        When the model has an adapter of this name, or merged ones.
+        When the model has an adapter of this name, or merged ones, or the method is ``prefix``.
 
     Examples
     --------
@@ -69,6 +69,11 @@ def inject(
     q_proj.adapters.default.A
     q_proj.adapters.default.B
     """
+    if config.method == "prefix":
+        raise ModelError(
+            "method: prefix puts a model into another and changes none of its layers; use "
+            "wda.adapters.with_prefix(model, config, task_type)"
+        )
     require_apart(model, "another cannot be put beside them")
     if other := [*bottlenecks(model), *normalised(model)]:
         raise ModelError(

@@ -23,6 +23,7 @@ from wda.adapters.layer import AdaptedLayer
 from wda.adapters.lora import LoRA
 from wda.adapters.merge import adapted_layers, require_apart
 from wda.adapters.places import base_layer
+from wda.adapters.prefix import has_prefix, load_prefix, prefix_described, prefix_tensors
 from wda.adapters.vera import INITIAL, VeRA
 from wda.adapters.weight_norm import normalised
 from wda.checkpoints.factors import PREFIX
@@ -54,7 +55,7 @@ def save_adapter(
     Parameters
     ----------
     model : nn.Module
-        A model that :func:`wda.adapters.inject` changed.
+        A model that :func:`wda.adapters.inject` changed, or :func:`wda.adapters.with_prefix` made.
     config : AdapterConfig
         What was injected.
     folder : Path
@@ -68,9 +69,29 @@ def save_adapter(
     name : str
         Which of the model's adapters.
     """
+    trained, fixed = _tensors(model, trained_whole, name)
+    tensors = {key: t.detach().cpu().contiguous() for key, t in (trained | fixed).items()}
+    if has_prefix(model):
+        described = prefix_described(model, base)
+    else:
+        described = _described(model, config, base, trained_whole, task_type, name)
+    with staged_folder(folder) as scratch:
+        save_file(tensors, scratch / _FILE, metadata={"format": "pt"})
+        (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _described(
+    model: nn.Module,
+    config: AdapterConfig,
+    base: str,
+    trained_whole: tuple[str, ...],
+    task_type: str | None,
+    name: str,
+) -> dict[str, object]:
+    """Give what PEFT's configuration says."""
     modules = [*_layers(model, name), *bottlenecks(model), *normalised(model)]
     bases = [base_layer(model, module) for module in modules]
-    described = {
+    return {
         "peft_version": _VERSION,
         "task_type": task_type,
         "base_model_name_or_path": base,
@@ -81,11 +102,6 @@ def save_adapter(
         "target_modules": sorted(modules),
         "modules_to_save": list(trained_whole) or None,
     }
-    tensors = {key: t.detach().cpu().contiguous() for key, t in _named(model, trained_whole, name)}
-    tensors |= _placeholders(_layers(model, name), name)
-    with staged_folder(folder) as scratch:
-        save_file(tensors, scratch / _FILE, metadata={"format": "pt"})
-        (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(
@@ -96,7 +112,7 @@ def load_adapter(
     Parameters
     ----------
     model : nn.Module
-        A model that :func:`wda.adapters.inject` changed.
+        A model that :func:`wda.adapters.inject` changed, or :func:`wda.adapters.with_prefix` made.
     folder : Path
         What :func:`save_adapter` wrote.
     trained_whole : tuple of str
@@ -113,16 +129,32 @@ def load_adapter(
     """
     require_apart(model, "those of a file would change nothing")
     stored = load_file(folder / _FILE)
-    wanted = dict(_named(model, trained_whole, name))
-    placeholders = _placeholders(_layers(model, name), name)
-    if set(stored) != {*wanted, *placeholders}:
+    wanted, fixed = _tensors(model, trained_whole, name)
+    differing = _shapes(stored) ^ _shapes(wanted | fixed)
+    if differing:
         raise CheckpointError(
             f"{folder}: does not hold this model's adapters; differing: "
-            f"{listing(sorted(set(stored) ^ {*wanted, *placeholders}), 6)}"
+            f"{listing(sorted({key for key, _ in differing}), 6)}"
         )
+    if has_prefix(model):
+        load_prefix(model, stored)
+        return
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(stored[key])
+
+
+def _tensors(
+    model: nn.Module, trained_whole: tuple[str, ...], name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Give what was trained, and what PEFT wants to find beside it, by their names in the file."""
+    if has_prefix(model):
+        return prefix_tensors(model), {}
+    return dict(_named(model, trained_whole, name)), _placeholders(model, name)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(key, tuple(tensor.shape)) for key, tensor in tensors.items()}
 
 
 def _of_method(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, object]:
@@ -216,10 +248,10 @@ def _named_in_layer(
         yield f"{family}_magnitude_vector", channels
 
 
-def _placeholders(layers: Mapping[str, AdaptedLayer], name: str) -> dict[str, Tensor]:
+def _placeholders(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Give rank 1 of zeros for rank 0, which PEFT does not know, where PEFT is to read it."""
     zeros: dict[str, Tensor] = {}
-    for module, layer in layers.items():
+    for module, layer in _layers(model, name).items():
         config = layer.configs[name]
         if _adapter(layer, name).rank == 0 and config.per == "output" and config.method != "dvora":
             of_rank_one = LoRA(layer.frozen, 1, 1.0)

@@ -33,6 +33,7 @@ LEARNING_RATES = {
     "weightnorm": 2e-5,
     "series": 3e-4,
     "parallel": 3e-4,
+    "prefix": 1e-2,
 }
 
 
@@ -147,6 +148,15 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"quantised: packed weights cannot be trained, as {self.method} would; add an "
                 "adapter such as dora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_is_kept(self) -> Self:
+        if self.method == "prefix" and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: computes layers again without their prefix; leave it "
+                "out, or choose another method"
             )
         return self
 

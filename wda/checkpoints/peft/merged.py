@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # Variants of LoRA that have tensors or weights of their own.
 _VARIANTS = ("use_bdlora", "kasa_config")
 
-# Methods of wda itself that put networks beside the weights.
-_BESIDE = ("SERIES", "PARALLEL")
+# Methods that put networks beside the weights, which are wda's own, or keys before the texts.
+_BESIDE = ("SERIES", "PARALLEL", "PREFIX_TUNING")
 
 # Methods whose update of a module follows from its tensors, its weight and the shapes of all
 # modules. What others draw or decompose depends on the order of the modules or on all weights.

@@ -216,6 +216,28 @@ def test_recipes_report_every_mistake(tmp_path: Path) -> None:
     file.write_text("base: b\ndata: {location: d}\nsteps: 5\nkeep: [7]\nlearning_rate: 1\n")
     with pytest.raises(ManifestError, match=r"keep: steps \[7\] lie after the last, steps: 5"):
         load_recipe(file)
+    file.write_text("base: b\ndata: {location: d}\nepochs: 1\nkeep: [0.5, 1.0]\nwarmup: 1.5\n")
+    with pytest.raises(ManifestError) as caught:
+        load_recipe(file)
+    wrong = "Input should be a whole number of steps, or a share of them below 1, got"
+    assert f"line 4: keep.1: {wrong} 1.0" in str(caught.value)
+    assert f"line 5: warmup: {wrong} 1.5" in str(caught.value)
+
+
+def test_steps_of_epochs_are_known_with_the_data(trainable: Path, tmp_path: Path) -> None:
+    """108 rows in batches of 8 are 14 steps, or 7 where two batches make one."""
+    epochs = {"steps": None, "epochs": 1.5, "keep": [1 / 3, 20], "warmup": 0.1}
+    asked = recipe(trainable, **epochs)
+    result = train_recipe(asked, tmp_path / "run", progress=False)
+    assert result.steps == 21
+    assert {f.name for f in (tmp_path / "run").glob("c*")} == {
+        f"checkpoint-{step}" for step in (7, 20, 21)
+    }
+    assert finished_result(asked, tmp_path / "run") == result
+    assert asked.warmup_steps(21) == 3
+    halved = recipe(trainable, **epochs, accumulation=2)
+    with pytest.raises(ManifestError, match=r"steps \[20\] lie after the last, 11, for .*: 1.5;"):
+        train_recipe(halved, tmp_path / "halved", progress=False)
 
 
 def test_recipe_paths_start_from_the_recipe(trainable: Path) -> None:

@@ -14,6 +14,9 @@ from wda.errors import OutputError
 from wda.places import Place
 from wda.remote import RemotePlace
 
+# What the names of scratch folders begin with.
+_SCRATCH = ".wda-"
+
 
 @contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
@@ -29,7 +32,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
     first_new = _first_missing(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".wda-", dir=out))
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     except OSError as error:
         raise OutputError(
             f"{out}: cannot be written to: {error.strerror}; choose another folder"
@@ -62,6 +65,17 @@ def write_text(path: Path, text: str) -> None:
     """
     with staged_folder(path.parent) as scratch:
         (scratch / path.name).write_text(text, encoding="utf-8")
+
+
+def is_scratch(path: Path) -> bool:
+    """Tell whether this is a scratch folder, which only a killed process leaves behind."""
+    return path.name.startswith(_SCRATCH) and path.is_dir()
+
+
+def clear_scratch(folder: Path) -> None:
+    """Take away what killed processes left of scratch folders."""
+    for left in filter(is_scratch, folder.iterdir()):
+        shutil.rmtree(left)
 
 
 def sha256(path: Path) -> str:

@@ -24,8 +24,8 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except WdaError as error:
             _fail(error)
-        except KeyboardInterrupt:
-            say("wda: interrupted; what was finished is kept")
+        except KeyboardInterrupt as interruption:
+            say(f"wda: interrupted; {interruption or 'what was finished is kept'}")
             # Threads that wait for a slow disk or a far server would be waited for; they write
             # nothing.
             sys.stdout.flush()

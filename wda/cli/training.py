@@ -33,7 +33,7 @@ def train(
 
         wda train my_recipe.yaml --out runs/dora --resume
     """
-    from wda.training import load_recipe, train_recipe
+    from wda.training import is_first_process, load_recipe, train_recipe
 
     run_folder = out if out is not None else Path("runs") / recipe.stem
     try:
@@ -41,12 +41,14 @@ def train(
             load_recipe(recipe), run_folder, resume=resume, progress=sys.stderr.isatty()
         )
     except KeyboardInterrupt:
-        say(f"go on with: wda train {recipe} --out {run_folder} --resume")
-        raise
-    typer.echo(
-        f"held-out accuracy {result.accuracy:.3f} ({result.accuracy_of}), loss {result.loss:.3f}, "
-        f"checkpoints in {run_folder}"
-    )
+        raise KeyboardInterrupt(
+            f"go on with: wda train {recipe} --out {run_folder} --resume"
+        ) from None
+    if is_first_process():
+        typer.echo(
+            f"held-out accuracy {result.accuracy:.3f} ({result.accuracy_of}), "
+            f"loss {result.loss:.3f}, checkpoints in {run_folder}"
+        )
 
 
 @app.command()

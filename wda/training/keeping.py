@@ -102,7 +102,10 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out rows; the training's random numbers go on as if it had not been."""
-        with torch.random.fork_rng():
+        device = self.args.device
+        devices = [] if device.type == "cpu" else [device.index or 0]
+        kind = device.type if devices else "cuda"
+        with torch.random.fork_rng(devices, device_type=kind):
             scores: dict[str, float] = super().evaluate(*args, **kwargs)
         return scores
 
@@ -141,15 +144,16 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
     def _write_metrics(self, scores: dict[str, float]) -> None:
-        """Write the held-out scores beside the weights."""
+        """Write the held-out scores beside the weights, with what was logged at this step."""
         step = self.state.global_step
-        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        logged = [line for line in self.state.log_history if "loss" in line][-1]
         known = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_")}
         timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         metrics = {
             "step": step,
             "epoch": self.state.epoch,
-            "training_loss": losses[-1] if losses else None,
+            "learning_rate": logged["learning_rate"],
+            "training_loss": logged["loss"],
             **{name: score for name, score in known.items() if name not in timed},
         }
         folder = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
@@ -225,4 +229,4 @@ def drop_training_state(run_folder: Path, but: str | None = None) -> None:
     for pattern in _TRAINING_STATE:
         for file in run_folder.glob(f"checkpoint-*/{pattern}"):
             if file.parent.name != but:
-                file.unlink()
+                file.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from string import Formatter
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from wda.adapters import AdapterConfig
 from wda.errors import ManifestError
@@ -17,8 +17,15 @@ from wda.validation import load_yaml
 
 TaskName = Literal["classification", "causal-lm", "seq2seq"]
 
-# A step, or a share of all steps.
-Moment = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
+
+def _steps_or_share(amount: float) -> float:
+    if isinstance(amount, int) or 0 <= amount < 1:
+        return amount
+    raise ValueError("Input should be a whole number of steps, or a share of them below 1")
+
+
+# A number of steps, or a share of all of them. 1.0 is neither: it could mean the first or the last.
+Amount = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
 
 # Where to start seeking each method's rate: for LoRA and DoRA of the paper's Table 8 (1e-4 to 3e-4,
 # DoRA's not above LoRA's), for DVoRA and so VeRA of its Table 11; the others are our choice.
@@ -101,7 +108,7 @@ class Recipe(BaseModel):
     epochs: float | None = Field(
         default=None, gt=0, description="Passes over the data; or give `steps`."
     )
-    keep: list[Moment] = Field(
+    keep: list[Annotated[Amount, Field(gt=0)]] = Field(
         default=[],
         description="When checkpoints are kept, beside the last: steps, or shares of all steps.",
     )
@@ -116,9 +123,7 @@ class Recipe(BaseModel):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls after the warm-up."
     )
-    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0, description="Linear warm-up: steps, or a share of all steps."
-    )
+    warmup: Amount = Field(default=0, description="Linear warm-up: steps, or a share of all steps.")
     group_by_length: bool = Field(
         default=False, description="Batches of texts of like length: less padding, so faster."
     )
@@ -135,8 +140,7 @@ class Recipe(BaseModel):
     def _length_is_given_once(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("steps, epochs: give one of the two, and not both")
-        late = [k for k in self.keep if self.steps and isinstance(k, int) and k > self.steps]
-        if late:
+        if self.steps is not None and (late := self._kept_after(self.steps)):
             raise ValueError(f"keep: steps {late} lie after the last, steps: {self.steps}")
         return self
 
@@ -197,9 +201,22 @@ class Recipe(BaseModel):
         return max(1, math.ceil(self.epochs * per_epoch))
 
     def kept_steps(self, all_steps: int) -> list[int]:
-        """Give every step whose checkpoint is kept, the last among them."""
-        steps = {all_steps, *(_step(moment, all_steps) for moment in self.keep)}
-        return sorted(step for step in steps if step <= all_steps)
+        """Give every step whose checkpoint is kept, the last among them.
+
+        Raises
+        ------
+        ManifestError
+            When some lie after the last.
+        """
+        if late := self._kept_after(all_steps):
+            raise ManifestError(
+                f"keep: steps {late} lie after the last, {all_steps}, for these data and epochs: "
+                f"{self.epochs:g}; name shares of the whole, such as 0.5, or fewer steps"
+            )
+        return sorted({all_steps, *(_step(moment, all_steps) for moment in self.keep)})
+
+    def _kept_after(self, all_steps: int) -> list[float]:
+        return [k for k in self.keep if isinstance(k, int) and k > all_steps]
 
     def warmup_steps(self, all_steps: int) -> int:
         """Give the steps of the warm-up."""

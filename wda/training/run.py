@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from wda.checkpoints import open_base
 from wda.errors import MissingExtraError, OutputError
-from wda.files import describe, write_text
+from wda.files import clear_scratch, describe, is_scratch, write_text
 from wda.locations import resolve
 from wda.progress import progress_bar
 from wda.provenance import provenance
@@ -86,17 +87,20 @@ def train_recipe(
         When model or data cannot be read.
     """
     _require_training_extra()
+    # transformers' trainer imports it, and it tells of kernels that it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers is slow to import.
     from wda.training.keeping import METRICS_FILE, drop_training_state, last_checkpoint  # noqa: PLC0415
     from wda.training.packing import packed_base  # noqa: PLC0415
     from wda.training.trainer import make_trainer  # noqa: PLC0415
     from wda.training.watching import ShowProgress  # noqa: PLC0415
 
+    first = is_first_process()
     if resume and (result := finished_result(recipe, run_folder)):
-        drop_training_state(run_folder)
+        if first:
+            drop_training_state(run_folder)
         return result
     base = resolve(recipe.base)
-    first = _is_first_process()
     if first:
         _prepare(recipe, run_folder, resume)
         _record_inputs(recipe, base, run_folder)
@@ -108,7 +112,8 @@ def train_recipe(
         trainer.add_callback(ShowProgress(bar, run_folder.name, steps))
         last = last_checkpoint(run_folder) if resume else None
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is None or last.name != f"checkpoint-{steps}":  # else only the result is wanting
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
     scores = json.loads((run_folder / f"checkpoint-{steps}" / METRICS_FILE).read_text())
     result = TrainingResult(
@@ -127,7 +132,7 @@ def train_recipe(
     return result
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     """Tell whether this process writes for all that torchrun started, or is alone."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -161,7 +166,7 @@ def finished_result(recipe: Recipe, run_folder: Path) -> TrainingResult | None:
 def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:
     """Make the run's folder and put the recipe into it, or make sure it is the one to resume."""
     if not (run_folder / RECIPE_FILE).is_file():
-        if run_folder.is_dir() and any(run_folder.iterdir()):
+        if run_folder.is_dir() and not all(map(is_scratch, run_folder.iterdir())):
             raise OutputError(
                 f"{run_folder}: is not empty and no run of wda; choose another folder"
             )
@@ -175,6 +180,7 @@ def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:
             f"{run_folder}: was started with another recipe, see its {RECIPE_FILE}; resume with "
             "that one, choose another folder, or take this one away"
         )
+    clear_scratch(run_folder)
 
 
 def _same_recipe(recipe: Recipe, run_folder: Path) -> bool:

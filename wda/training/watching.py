@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class KeepSteps(TrainerCallback):  # type: ignore[misc]
-    """Saves a checkpoint at the recipe's steps and at no other."""
+    """Saves a checkpoint at the recipe's steps and at no other.
+
+    The loss is logged there too, so that what is logged later does not depend on whether the
+    training went on from here or was interrupted.
+    """
 
     def __init__(self, steps: list[int]) -> None:
         self.steps = set(steps)
@@ -20,6 +24,7 @@ class KeepSteps(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Ask for a checkpoint at a chosen step."""
         control.should_save = state.global_step in self.steps
+        control.should_log |= control.should_save
 
 
 class StopWhenLost(TrainerCallback):  # type: ignore[misc]

@@ -22,8 +22,13 @@ from wda.training.keeping import METRICS_FILE
 from wda.training.tasks import task_of
 from wda.training.tasks.causal import CausalLM
 from wda.training.tasks.generation import IGNORED
+from wda.training.tasks.task import load_pretrained
 from wda.training.trainer import make_trainer
 
+KINDS = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+}
 WORDS = [*"abcdefghij", "question", "answer", ":", "is", "what", "?"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
@@ -224,8 +229,7 @@ def test_every_task_is_trained_scored_and_compared(
     if method in ("lora", "dora", "vera"):
         config = json.loads((run / "checkpoint-6" / "adapter_config.json").read_text())
         assert config["task_type"] == {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}[task]
-        kind = {"causal-lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}[task]
-        base = getattr(transformers, kind).from_pretrained(material / task)
+        base = load_pretrained(KINDS[task], material / task)
         theirs = peft.PeftModel.from_pretrained(base, run / "checkpoint-6")
         trainer = make_trainer(asked, material / task, tmp_path / "unused")
         trainer._load_from_checkpoint(str(run / "checkpoint-6"))
@@ -234,6 +238,20 @@ def test_every_task_is_trained_scored_and_compared(
         with torch.no_grad():
             ours = trainer.model.eval()(**given).logits
             torch.testing.assert_close(ours, theirs.eval()(**given).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
+def test_prefixes_are_trained_and_go_on(task: str, material: Path, tmp_path: Path) -> None:
+    asked = recipe(material, task, adapter={"method": "prefix", "virtual_tokens": 3})
+    result = train_recipe(asked, tmp_path / "run", progress=False)
+    assert 0 < result.trainable < result.parameters
+    (tmp_path / "run" / "result.json").unlink()
+    again = train_recipe(asked, tmp_path / "run", resume=True, progress=False)
+    assert again.loss == result.loss
+    base = load_pretrained(KINDS[task], material / task)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-6")
+    assert theirs.active_peft_config.num_virtual_tokens == 3
 
 
 @pytest.mark.parametrize("file", ["rows.csv", "rows.json", "rows.jsonl", "rows.parquet"])
@@ -306,7 +324,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "foreign": ({"data": {"label": "letter"}}, "data: label cannot be set for causal-lm"),
     "no column": ({"data": {"prompt": "what is it?"}}, r"data.prompt: needs a column in braces"),
     "open brace": ({"data": {"prompt": "{question"}}, "data.prompt: .*; double a brace"),
-    "a share of one": ({"keep": [1.5]}, "less than 1"),
+    "a share of one": ({"keep": [1.5]}, "a whole number of steps, or a share of them below 1"),
 }
 
 

@@ -138,6 +138,8 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
             run_folder = Path(self._get_output_dir(trial))
+            # A run that begins anew, for its newest state is gone, comes by its old checkpoints.
+            shutil.rmtree(run_folder / name, ignore_errors=True)
             (run_folder / _UNFINISHED / name).replace(run_folder / name)
             (run_folder / _UNFINISHED).rmdir()
             drop_training_state(run_folder, but=name)

@@ -10,7 +10,7 @@ import datasets
 import torch
 import transformers
 
-from wda.adapters import inject
+from wda.adapters import inject, with_prefix
 from wda.training.keeping import KeepingTrainer
 from wda.training.recipe import Recipe
 from wda.training.tasks import Task, task_of
@@ -51,7 +51,10 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
     whole: tuple[str, ...] = ()
     if recipe.adapter is not None:
         whole = task.new_modules(model, base)
-        inject(model, recipe.adapter, trained_whole=whole)
+        if recipe.method == "prefix":
+            model = with_prefix(model, recipe.adapter, task.peft_type, whole)
+        else:
+            inject(model, recipe.adapter, trained_whole=whole)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     steps = recipe.all_steps(len(splits.train), int(os.environ.get("WORLD_SIZE", "1")))

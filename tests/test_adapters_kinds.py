@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from adapted import adapt, only
+from adapted import adapt, only, perturb
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,15 +46,6 @@ def inputs(kind: str) -> Tensor:
 def sizes(method: str) -> dict[str, Any]:
     of_method = {"magnitude": {}, "vera": {"rank": 40}, "dvora": {"rank": 40}}
     return of_method.get(method, {"rank": 2, "alpha": 7})
-
-
-def perturb(module: nn.Module) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                size = parameter.abs().mean().clamp(min=0.1)
-                parameter.add_(0.2 * size * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("method", METHODS)

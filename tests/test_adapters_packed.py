@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapted import only
+from adapted import only, perturb
 from torch import Tensor, nn
 
 import wda
@@ -65,15 +65,6 @@ def unpacked(model: nn.ModuleDict) -> nn.ModuleDict:
             weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
         other[name].weight.data.copy_(weight)
     return other
-
-
-def perturb(model: nn.Module) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                size = parameter.abs().mean().clamp(min=0.1)
-                parameter.add_(0.2 * size * torch.randn_like(parameter))
 
 
 def outcome(model: nn.ModuleDict, name: str) -> list[Tensor]:

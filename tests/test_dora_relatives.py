@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapted import adapt, only
+from adapted import adapt, only, perturb
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -44,16 +44,6 @@ METHODS: dict[str, Method] = {
         {"rank": 3, "alpha": 7, "per": "input", "full_gradient": True},
     ),
 }
-
-
-def perturb(module: nn.Module) -> None:
-    """Move what is trained away from where it starts."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                size = parameter.abs().mean().clamp(min=0.1)
-                parameter.add_(0.2 * size * torch.randn_like(parameter))
 
 
 def trained_layer(case: str) -> AdaptedLayer:

@@ -25,7 +25,7 @@ class _Group(TyperGroup):
         except WdaError as error:
             _fail(error)
         except KeyboardInterrupt as interruption:
-            say(f"wda: interrupted; {interruption or 'what was finished is kept'}")
+            say(f"wda: interrupted; {str(interruption) or 'what was finished is kept'}")
             # Threads that wait for a slow disk or a far server would be waited for; they write
             # nothing.
             sys.stdout.flush()

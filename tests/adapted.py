@@ -5,9 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from wda.adapters import AdaptedLayer, Adapter, AdapterConfig, inject
+
+
+def tiny_llama(kind: Any = transformers.LlamaForCausalLM, seed: int = 0, **changes: Any) -> Any:
+    """A LLaMA of two layers, of whose projections those of key and value are not square."""
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "vocab_size": 50,
+        "num_labels": 3,
+        "pad_token_id": 0,
+        **changes,
+    }
+    return kind(transformers.LlamaConfig(**shape))
 
 
 def adapt(layer: nn.Module, method: str, **settings: Any) -> AdaptedLayer:

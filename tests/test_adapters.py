@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import adapted
 import peft
 import pytest
 import torch
@@ -102,18 +103,7 @@ def test_full_gradient_passes_gradcheck() -> None:
 
 
 def tiny_llama() -> Any:
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        vocab_size=50,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForSequenceClassification(config)
+    return adapted.tiny_llama(transformers.LlamaForSequenceClassification, seed=3)
 
 
 def tiny_gpt2() -> Any:

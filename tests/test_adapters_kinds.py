@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from adapted import adapt, only, perturb
+from adapted import adapt, only, perturb, tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -103,6 +103,13 @@ def test_merged_it_is_the_same_function_and_unmerged_the_same_bits(
     assert torch.equal(base.weight, w0)
 
 
+@pytest.mark.parametrize("method", ["lora", "dvora"])
+def test_dropout_takes_no_tokens_away(method: str) -> None:
+    layer = adapt(made("embedding"), method, rank=2, dropout=0.5)
+    perturb(layer)
+    assert torch.equal(layer.train()(inputs("embedding")), layer.eval()(inputs("embedding")))
+
+
 def test_the_paddings_vector_is_not_trained() -> None:
     layer = adapt(made("embedding"), "lora", rank=2)
     layer(inputs("embedding")).sum().backward()
@@ -152,16 +159,7 @@ class ResNet(nn.Module):
 
 
 def llama() -> Any:
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        hidden_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=20,
-        vocab_size=9,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return tiny_llama(num_hidden_layers=1, vocab_size=9)
 
 
 def gpt2() -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapted import perturb, tiny_llama
 from torch import Tensor, nn
 
 from wda.adapters import AdapterConfig, inject, merge, unmerge
@@ -26,25 +27,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def adapted(case: str, dtype: torch.dtype = torch.float64) -> Any:
     """A tiny LLaMA whose adapters are trained a little."""
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        vocab_size=50,
-        attention_bias=True,
-        pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(shape).to(dtype)
+    model = tiny_llama(attention_bias=True).to(dtype)
     inject(model, AdapterConfig(targets=["query", "value", "down"], **METHODS[case]))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                size = parameter.abs().mean().clamp(min=0.1)
-                parameter.add_(0.1 * size * torch.randn_like(parameter))
+    perturb(model, 0.1)
     return model.train()
 
 

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapted import tiny_llama
 from torch import Tensor
 
 import wda
@@ -22,23 +23,8 @@ CONFIG = AdapterConfig(method="prefix", virtual_tokens=5)
 IDS = torch.randint(2, 50, (4, 9), generator=torch.Generator().manual_seed(1))
 
 
-def llama(kind: Any = transformers.LlamaForCausalLM) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        vocab_size=50,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    return kind(config)
-
-
 def classifier() -> Any:
-    return llama(transformers.LlamaForSequenceClassification)
+    return tiny_llama(transformers.LlamaForSequenceClassification)
 
 
 def seq2seq() -> Any:
@@ -50,7 +36,7 @@ def seq2seq() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
-MODELS: dict[str, Any] = {"CAUSAL_LM": llama, "SEQ_CLS": classifier, "SEQ_2_SEQ_LM": seq2seq}
+MODELS: dict[str, Any] = {"CAUSAL_LM": tiny_llama, "SEQ_CLS": classifier, "SEQ_2_SEQ_LM": seq2seq}
 
 
 def labels(task: str) -> Tensor:
@@ -117,7 +103,7 @@ def test_every_layer_attends_to_the_virtual_tokens() -> None:
         key, value = (parts[2 * layer + kind].expand(4, -1, -1, -1) for kind in (0, 1))
         cache.update(key, value, layer)
     expected = (
-        llama()
+        tiny_llama()
         .double()
         .eval()(
             input_ids=IDS, past_key_values=cache, attention_mask=torch.ones(4, 5 + IDS.shape[1])
@@ -142,7 +128,7 @@ def test_shares_of_trained_parameters_are_the_papers() -> None:
 
 
 def test_there_is_nothing_to_compare_or_merge(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
     model = trained("CAUSAL_LM")
     save_adapter(model, CONFIG, tmp_path / "a", str(tmp_path / "base"))
     with pytest.raises(CheckpointError, match="prefix_tuning adapters stand beside the weights"):
@@ -155,7 +141,7 @@ def test_what_does_not_fit_is_refused_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ModelError, match=r"^method: prefix puts a model into another .* use wda"):
-        inject(llama(), CONFIG)
+        inject(tiny_llama(), CONFIG)
     with pytest.raises(ValueError, match="targets: cannot be set for prefix: targets belongs to"):
         AdapterConfig(method="prefix", targets=["query"])
     with pytest.raises(ValueError, match="virtual_tokens: cannot be set for lora"):
@@ -169,7 +155,7 @@ def test_what_does_not_fit_is_refused_in_a_line(
     shape = transformers.GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=9, n_positions=5)
     with pytest.raises(ModelError, match=r"^virtual_tokens: 5 leave no place .* has 5 positions"):
         with_prefix(transformers.GPT2LMHeadModel(shape), CONFIG, "CAUSAL_LM")
-    recomputing = llama()
+    recomputing = tiny_llama()
     recomputing.gradient_checkpointing_enable()
     with pytest.raises(ModelError, match="does not work with gradient checkpointing"):
         with_prefix(recomputing, CONFIG, "CAUSAL_LM")
@@ -178,9 +164,11 @@ def test_what_does_not_fit_is_refused_in_a_line(
             base="b", data={"location": "d"}, adapter=CONFIG, steps=1, gradient_checkpointing=True
         )
     save_adapter(trained("CAUSAL_LM"), CONFIG, tmp_path / "a", "base")
-    longer = with_prefix(llama(), AdapterConfig(method="prefix", virtual_tokens=6), "CAUSAL_LM")
+    longer = with_prefix(
+        tiny_llama(), AdapterConfig(method="prefix", virtual_tokens=6), "CAUSAL_LM"
+    )
     with pytest.raises(CheckpointError, match="this model's adapters; differing: prompt_embedd"):
         load_adapter(longer, tmp_path / "a")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"prefix needs peft, .*pip install"):
-        with_prefix(llama(), CONFIG, "CAUSAL_LM")
+        with_prefix(tiny_llama(), CONFIG, "CAUSAL_LM")

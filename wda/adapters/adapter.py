@@ -16,6 +16,11 @@ from wda.updates import LowRank
 class Adapter(nn.Module, ABC):
     """An update of one layer's weight.
 
+    Parameters
+    ----------
+    dropout : float
+        Share of the input's features that A does not see in a training step.
+
     Attributes
     ----------
     magnitude : nn.Parameter or None
@@ -24,9 +29,15 @@ class Adapter(nn.Module, ABC):
 
     magnitude: nn.Parameter | None
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.register_parameter("magnitude", None)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Give what A sees of the input; of tokens, which have no features, all."""
+        result: Tensor = self.dropout(x) if x.is_floating_point() else x
+        return result
 
     @property
     @abstractmethod

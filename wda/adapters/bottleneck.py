@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wda.adapters.frozen import Frozen
+
 
 class BottleneckLayer(nn.Module):
     """A frozen linear layer with a bottleneck after or beside it.
@@ -21,24 +23,21 @@ class BottleneckLayer(nn.Module):
 
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
-        The layer; its parameters are frozen.
-    features, out_features : int
-        What goes into the layer, and what comes out.
+    frozen : Frozen
+        The layer, an ``nn.Linear`` or a ``Conv1D``; its parameters are frozen.
     size : int
         Features of the bottleneck.
     series : bool
         Whether it reads the layer's output; else its input.
     """
 
-    def __init__(
-        self, base: nn.Module, features: int, out_features: int, size: int, series: bool
-    ) -> None:
+    def __init__(self, frozen: Frozen, size: int, series: bool) -> None:
         super().__init__()
-        self.base_layer = base.requires_grad_(False)
+        self.base_layer: nn.Module = frozen.layer.requires_grad_(False)
         self.series = series
-        weight = next(base.parameters())
-        made: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": weight.device}
+        out_features, features = frozen.shape
+        like = frozen.weight
+        made: dict[str, Any] = {"bias": False, "dtype": like.dtype, "device": like.device}
         self.down = nn.Linear(out_features if series else features, size, **made)
         self.up = nn.Linear(size, out_features, **made)
         nn.init.zeros_(self.up.weight)

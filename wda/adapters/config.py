@@ -77,7 +77,6 @@ class AdapterConfig(BaseModel):
         description="DoRA: one m per output feature, as in the paper, or per input feature, as "
         "LyCORIS once had it.",
     )
-
     bottleneck: int = Field(
         default=256, ge=1, description="Series and Parallel: features of the bottleneck."
     )

@@ -11,12 +11,11 @@ from wda.adapters.adapter import Adapter
 from wda.adapters.bottleneck import BottleneckLayer, bottlenecks
 from wda.adapters.config import AdapterConfig
 from wda.adapters.frozen import Frozen, FrozenConv1D, FrozenLinear
-from wda.adapters.kinds import kind_of
 from wda.adapters.layer import AdaptedLayer
 from wda.adapters.lora import LoRA
 from wda.adapters.magnitude import MagnitudeOnly
 from wda.adapters.merge import adapted_layers, require_apart
-from wda.adapters.places import base_layer, check_rank, choose
+from wda.adapters.places import check_rank, choose, frozen_layer
 from wda.adapters.vera import Projections, VeRA
 from wda.adapters.weight_norm import normalise, normalised
 from wda.errors import ModelError, SelectionError, listing
@@ -160,7 +159,7 @@ def _check(
         check_rank(model, turned, config.rank)
     for_linear = config.method in ("weightnorm", "series", "parallel")
     if config.per == "input" or for_linear:
-        kinds = {module: kind_of(base_layer(model, module)) for module in {*turned, *scaled}}
+        kinds = {module: type(frozen_layer(model, module)) for module in {*turned, *scaled}}
         what = config.method if for_linear else "per: input"
         # A V in the place of W0 would be stored as W0 is, transposed in a Conv1D.
         linear = {FrozenLinear} if what == "weightnorm" else {FrozenLinear, FrozenConv1D}
@@ -176,21 +175,15 @@ def _layer(model: nn.Module, module: str) -> AdaptedLayer:
     there = model.get_submodule(module)
     if isinstance(there, AdaptedLayer):
         return there
-    kind = kind_of(there)
-    assert kind is not None
-    layer = AdaptedLayer(kind(there))
+    layer = AdaptedLayer(frozen_layer(model, module))
     _replace(model, module, layer)
     return layer
 
 
 def _put_bottlenecks(model: nn.Module, config: AdapterConfig, modules: Sequence[str]) -> None:
     for module in modules:
-        base, series = model.get_submodule(module), config.method == "series"
-        kind = kind_of(base)
-        assert kind is not None
-        out_features, features = kind(base).shape
-        layer = BottleneckLayer(base, features, out_features, config.bottleneck, series)
-        _replace(model, module, layer)
+        frozen, series = frozen_layer(model, module), config.method == "series"
+        _replace(model, module, BottleneckLayer(frozen, config.bottleneck, series))
 
 
 def _replace(model: nn.Module, module: str, layer: nn.Module) -> None:

@@ -33,9 +33,8 @@ class LoRA(Adapter):
     """
 
     def __init__(self, frozen: Frozen, rank: int, scaling: float, dropout: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dropout)
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         out_features, features = frozen.shape
         self.A = nn.Parameter(frozen.new_full((rank, features), 0.0))
         self.B = nn.Parameter(frozen.new_full((out_features, rank), 0.0))
@@ -65,9 +64,7 @@ class LoRA(Adapter):
         self, frozen: Frozen, x: Tensor, left: Tensor, shift: Float[Tensor, "out"] | None = None
     ) -> Tensor:
         """Apply [κ ⊙ s·B]·A, and shift."""
-        if self.dropout is not None:
-            x = self.dropout(x)
-        return frozen.expand(frozen.compress(x, self.A), left, shift)
+        return frozen.expand(frozen.compress(self.seen(x), self.A), left, shift)
 
 
 class Added:

@@ -55,7 +55,7 @@ def check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
     SelectionError
         Naming the smallest of the matrices.
     """
-    shapes = {module: _frozen(model, module).shape for module in modules}
+    shapes = {module: frozen_layer(model, module).shape for module in modules}
     smallest = min(shapes, key=lambda module: min(shapes[module]))
     most = min(shapes[smallest])
     if rank > most:
@@ -125,7 +125,7 @@ def _refuse_other_kinds(model: nn.Module, modules: Sequence[str], field: str) ->
             f"{field}: {listing(clipped, 4)} shorten their vectors in every forward pass "
             f"(max_norm), so there is no W0; choose other {field}"
         )
-    unpacked = [m for m in modules if not _frozen(model, m).packed]
+    unpacked = [m for m in modules if not frozen_layer(model, m).packed]
     packed = [m for m in unpacked if not _weight(model, m).is_floating_point()]
     if packed:
         raise SelectionError(
@@ -169,7 +169,8 @@ def base_layer(model: nn.Module, module: str) -> nn.Module:
     return layer.base_layer if isinstance(layer, AdaptedLayer | BottleneckLayer) else layer
 
 
-def _frozen(model: nn.Module, module: str) -> Frozen:
+def frozen_layer(model: nn.Module, module: str) -> Frozen:
+    """See a model's layer as a matrix; it is one that :func:`choose` gave."""
     layer = base_layer(model, module)
     kind = kind_of(layer)
     assert kind is not None

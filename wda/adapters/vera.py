@@ -63,9 +63,8 @@ class VeRA(Adapter):
     """
 
     def __init__(self, frozen: Frozen, projections: Projections, dropout: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dropout)
         self.projections = projections  # a module, not its tensors, so that moving keeps it shared
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         self._shape = frozen.shape
         self.lambda_d = nn.Parameter(frozen.new_full((len(projections.A),), INITIAL))
         self.lambda_b = nn.Parameter(frozen.new_full((self._shape[0],), 0.0))
@@ -105,9 +104,7 @@ class VeRA(Adapter):
         self, frozen: Frozen, x: Tensor, left: Tensor, shift: Float[Tensor, "out"] | None = None
     ) -> Tensor:
         """Apply κ ⊙ λ_b ⊙ B·(λ_d ⊙ A·x), and shift."""
-        if self.dropout is not None:
-            x = self.dropout(x)
         A, B = self.projected()
-        hidden = frozen.along(self.lambda_d) * frozen.compress(x, A)
+        hidden = frozen.along(self.lambda_d) * frozen.compress(self.seen(x), A)
         out = frozen.along(left) * frozen.expand(hidden, B, None)
         return out if shift is None else out + frozen.along(shift)

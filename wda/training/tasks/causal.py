@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +9,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.tasks.generation import IGNORED, Generation
-from wda.training.tasks.task import load_pretrained
 
 
 class CausalLM(Generation):
     """Continues prompts with answers."""
 
     peft_type: ClassVar[str] = "CAUSAL_LM"
+    kind: ClassVar[Any] = transformers.AutoModelForCausalLM
 
     def encode(
         self, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
@@ -44,11 +43,6 @@ class CausalLM(Generation):
         if given and given[-1] == end:
             given = given[:-1]
         return given, [*tokenizer(answer, add_special_tokens=False)["input_ids"], end]
-
-    def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
-        """Load the language model."""
-        kind = transformers.AutoModelForCausalLM
-        return load_pretrained(kind, base, dtype=torch.float32, **options)
 
     def aligned(
         self, scores: torch.Tensor, labels: torch.Tensor

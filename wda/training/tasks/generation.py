@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from wda.errors import ManifestError
 from wda.training.recipe import columns_of
 from wda.training.rows import load_rows, require_columns
-from wda.training.tasks.task import Splits, Task
+from wda.training.tasks.task import Splits, Task, load_pretrained
 
 # The label of a token that does not count.
 IGNORED = -100
@@ -25,6 +26,7 @@ class Generation(Task):
     """Learns to write answers; of the loss and the scores, answers alone count."""
 
     accuracy_of: ClassVar[str] = "tokens of answers"
+    kind: ClassVar[Any]
 
     def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
         """Fill the prompts and answers of the rows, and tokenise."""
@@ -37,6 +39,10 @@ class Generation(Task):
 
         train, held_out = (part.map(encode, remove_columns=part.column_names) for part in parts)
         return Splits(train, held_out, [])
+
+    def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
+        """Load the model."""
+        return load_pretrained(self.kind, base, dtype=torch.float32, **options)
 
     @abstractmethod
     def encode(

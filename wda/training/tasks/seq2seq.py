@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +9,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.tasks.generation import Generation
-from wda.training.tasks.task import load_pretrained
 
 
 class Seq2Seq(Generation):
     """Writes answers from encoded prompts."""
 
     peft_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    kind: ClassVar[Any] = transformers.AutoModelForSeq2SeqLM
 
     def encode(
         self, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
@@ -30,11 +29,6 @@ class Seq2Seq(Generation):
             "attention_mask": encoded["attention_mask"],
             "labels": labels,
         }
-
-    def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
-        """Load the encoder and decoder."""
-        kind = transformers.AutoModelForSeq2SeqLM
-        return load_pretrained(kind, base, dtype=torch.float32, **options)
 
     def aligned(
         self, scores: torch.Tensor, labels: torch.Tensor

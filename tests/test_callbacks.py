@@ -167,6 +167,14 @@ def test_our_adapters_are_measured_as_their_checkpoints_are(method: Any, tmp_pat
     assert set(callback.table["method"]) == {method}
 
 
+@pytest.mark.parametrize("method", ["series", "parallel", "weightnorm"])
+def test_what_is_not_measured_is_refused_and_not_called_ft(method: Any) -> None:
+    model = bert()
+    inject(model, AdapterConfig(method=method))
+    with pytest.raises(ModelError, match=r"query, .* neither is measured while it trains; save"):
+        find_weights(model)
+
+
 def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
     losses, weights = [], []
     for callback in (transformers.TrainerCallback(), DecompositionCallback(every=1)):

@@ -16,11 +16,17 @@ from torch import Tensor
 
 import wda
 from wda.adapters import AdapterConfig, inject, load_adapter, merge, save_adapter, with_prefix
+from wda.adapters.prefix import has_prefix
 from wda.errors import CheckpointError, MissingExtraError, ModelError
 from wda.training import Recipe
 
 CONFIG = AdapterConfig(method="prefix", virtual_tokens=5)
 IDS = torch.randint(2, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+def test_other_models_of_peft_have_no_prefix() -> None:
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig())
+    assert not has_prefix(theirs) and not has_prefix(theirs.base_model)
 
 
 def classifier() -> Any:

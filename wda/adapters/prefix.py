@@ -69,7 +69,8 @@ def with_prefix(
 def has_prefix(model: Any) -> bool:
     """Tell whether :func:`with_prefix` made a model."""
     of_peft = type(model).__module__.startswith("peft.")  # importing peft takes seconds
-    return of_peft and model.active_peft_config.peft_type == "PREFIX_TUNING"
+    config = getattr(model, "active_peft_config", None) if of_peft else None
+    return config is not None and config.peft_type == "PREFIX_TUNING"
 
 
 def prefix_described(model: Any, base: str) -> dict[str, object]:

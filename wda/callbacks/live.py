@@ -12,9 +12,11 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from wda.adapters import AdaptedLayer
+from wda.adapters.bottleneck import bottlenecks
+from wda.adapters.weight_norm import normalised
 from wda.checkpoints.factors import PREFIX
 from wda.checkpoints.state_dicts import plain_name
-from wda.errors import ModelError
+from wda.errors import ModelError, listing
 from wda.naming import Matrix, pick
 from wda.updates import Dense, LowRank, Update, WeightDecomposed
 
@@ -95,8 +97,13 @@ def find_weights(model: nn.Module) -> dict[str, Weight]:
     ------
     ModelError
         When a weight is trained in a way that is not read here: quantised, split over processes,
-        or by an adapter other than LoRA and DoRA.
+        or by an adapter other than LoRA, DoRA, VeRA and DVoRA.
     """
+    if other := [*bottlenecks(model), *normalised(model)]:
+        raise ModelError(
+            f"model: {listing(other, 4)} have bottlenecks, which change no weight, or are "
+            f"normalised, and neither is measured while it trains; {_INSTEAD}"
+        )
     adapted = dict(_adapted(model))
     return adapted or dict(_whole(model))
 

@@ -27,8 +27,8 @@ def _steps_or_share(amount: float) -> float:
 # A number of steps, or a share of all of them. 1.0 is neither: it could mean the first or the last.
 Amount = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
 
-# Where to start seeking each method's rate: for LoRA and DoRA of the paper's Table 8 (1e-4 to 3e-4,
-# DoRA's not above LoRA's), for DVoRA and so VeRA of its Table 11; the others are our choice.
+# Where to start seeking each method's rate: for DoRA from the paper's Table 8 (1e-4 to 3e-4), for
+# DVoRA and so VeRA from its Table 11, LoRA's a little above DoRA's; the others are our choice.
 LEARNING_RATES = {
     "ft": 2e-5,
     "lora": 2e-4,

@@ -30,6 +30,7 @@ class Generation(Task):
 
     def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
         """Fill the prompts and answers of the rows, and tokenise."""
+        tokenizer.padding_side = "right"  # a tokenizer made for generating pads on the left
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         parts = load_rows(self.recipe.data, self._filled)

@@ -136,23 +136,28 @@ def test_scores_lie_beside_the_weights_and_change_nothing(
     assert_same(weights(tmp_path / "scored", 12), weights(tmp_path / "unscored", 12))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", ["ft", "dora"])
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(
     method: str,
+    accumulation: int,
     trainable: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, compute = tmp_path / "run", KeepingTrainer.compute_loss
+    """Of several forward passes of a step it is one alone, and not the last."""
+    run, compute, passes = tmp_path / "run", KeepingTrainer.compute_loss, []
 
     def lost(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute(self, *args, **kwargs)
-        evil = self.model.training and self.state.global_step == 6
-        return loss * torch.nan if evil and not kwargs.get("return_outputs") else loss
+        if self.model.training and not kwargs.get("return_outputs"):
+            passes.append(1)
+            return loss * torch.nan if len(passes) == 6 * accumulation + 1 else loss
+        return loss
 
     monkeypatch.setattr(KeepingTrainer, "compute_loss", lost)
     with pytest.raises(TrainingError) as caught:
-        train_recipe(recipe(trainable, method), run, progress=False)
+        train_recipe(recipe(trainable, method, accumulation=accumulation), run, progress=False)
     assert str(caught.value) == (
         f"{run}: the loss is no number any more at step 7; the last good checkpoint is "
         f"{run / 'checkpoint-4'}; try a learning rate below 0.005, a warm-up, in a new folder"

@@ -133,6 +133,16 @@ def test_answers_alone_have_labels_and_prompts_lose_their_beginning(material: Pa
     assert words.decode(too_long["input_ids"]) == "a b c d e f g h"
 
 
+def test_batches_are_padded_on_the_right(material: Path) -> None:
+    words = tokenizer()
+    words.padding_side = "left"
+    task = task_of(recipe(material))
+    rows = task.splits(words).train.select(range(8))
+    batch = task.collator(words, None)(list(rows))
+    assert (batch["attention_mask"][:, 0] == 1).all()
+    assert (batch["attention_mask"][:, -1] == 0).any()
+
+
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
 def test_loss_and_scores_are_those_of_the_answers_tokens(task: str, material: Path) -> None:
     """By hand, one row at a time in float64."""

@@ -29,7 +29,19 @@ class SelectionError(WdaError):
 
 
 class ManifestError(WdaError):
-    """A manifest or recipe with wrong fields."""
+    """A manifest or recipe with wrong fields.
+
+    Parameters
+    ----------
+    message : str
+        All of it in a line.
+    problems : sequence of str
+        Its sentences, where there are several.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 class TableError(WdaError):

@@ -1,4 +1,4 @@
-"""Progress bars, on standard error, so that standard output stays a result."""
+"""How long things take: progress bars, on standard error, and durations in words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -17,12 +18,21 @@ from rich.progress import (
 
 
 @contextmanager
-def progress_bar(show: bool = True) -> Iterator[Progress]:
-    """Give a progress display: description, bar, count, share, time left and a free last column.
+def progress_bar(show: bool | Progress = True) -> Iterator[Progress]:
+    """Give a progress display, or the one that is shown already.
 
     Tasks put what they like into the last column by updating their field ``note``.
     """
-    columns = (
+    if isinstance(show, Progress):
+        yield show
+        return
+    with Progress(*columns(), console=Console(stderr=True), disable=not show) as progress:
+        yield progress
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """Give what stands in a line: description, bar, count, share, time left, and a free column."""
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -30,5 +40,16 @@ def progress_bar(show: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
-        yield progress
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in the unit that suits it.
+
+    Examples
+    --------
+    >>> duration(0.25), duration(200), duration(10_000), duration(1e6)
+    ('0.25 seconds', '3.3 minutes', '2.8 hours', '12 days')
+    """
+    units = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0))
+    name, size = next(((n, s) for n, s in units if seconds >= 2 * s), ("seconds", 1.0))
+    return f"{seconds / size:.2g} {name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,45 @@ from wda.errors import WdaError
 from wda.places import shown
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file: what it says, and where in it.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    content : dict
+        Its fields.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    _node: yaml.Node | None
+
+    def validate(self, model: type[Model], error: type[WdaError]) -> Model:
+        """Give the content as a typed model; raise ``error`` with every problem in it."""
+        try:
+            return model.model_validate(self.content)
+        except ValidationError as problems:
+            raise error(self.all_wrong(self.sentences(problems, model))) from None
+
+    def sentences(self, problems: ValidationError, model: type[BaseModel]) -> list[str]:
+        """Give one sentence for each wrong field, with its line."""
+        return [
+            f"line {self.line(problem['loc'])}: {_sentence(dict(problem), model)}"
+            for problem in problems.errors()
+        ]
+
+    def all_wrong(self, sentences: Sequence[str]) -> str:
+        """Put sentences about the file into one line."""
+        return f"{self.path}: {len(sentences)} wrong: " + "; ".join(sentences)
+
+    def line(self, where: Sequence[int | str]) -> int:
+        """Give the line of the deepest part of ``where`` that the file has."""
+        return _line(self._node, where)
 
 
 def load_yaml(path: Path, model: type[Model], error: type[WdaError]) -> Model:
@@ -31,6 +72,17 @@ def load_yaml(path: Path, model: type[Model], error: type[WdaError]) -> Model:
     model
         The validated content.
     """
+    return read_yaml(path, list(model.model_fields), error).validate(model, error)
+
+
+def read_yaml(path: Path, fields: Sequence[str], error: type[WdaError]) -> Document:
+    """Read a YAML file of some fields, which are named where it has none.
+
+    Raises
+    ------
+    error
+        When it cannot be read, or is not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -40,12 +92,8 @@ def load_yaml(path: Path, model: type[Model], error: type[WdaError]) -> Model:
     except yaml.YAMLError as problem:
         raise error(f"{path}: is not YAML: {_why(problem)}") from None
     if not isinstance(content, dict):
-        raise error(f"{path}: expected fields ({', '.join(model.model_fields)}), found none")
-    try:
-        return model.model_validate(content)
-    except ValidationError as problems:
-        texts = [_sentence(node, dict(problem), model) for problem in problems.errors()]
-        raise error(f"{path}: {len(texts)} wrong: " + "; ".join(texts)) from None
+        raise error(f"{path}: expected fields ({', '.join(fields)}), found none")
+    return Document(path, content, node)
 
 
 def _why(problem: yaml.YAMLError) -> str:
@@ -55,7 +103,7 @@ def _why(problem: yaml.YAMLError) -> str:
     return " ".join(str(problem).split())
 
 
-def _sentence(node: yaml.Node | None, problem: dict[str, Any], model: type[BaseModel]) -> str:
+def _sentence(problem: dict[str, Any], model: type[BaseModel]) -> str:
     where = tuple(problem["loc"])
     field = ".".join(str(part) for part in where) or "the whole"
     text = str(problem["msg"]).removeprefix("Value error, ")
@@ -65,11 +113,10 @@ def _sentence(node: yaml.Node | None, problem: dict[str, Any], model: type[BaseM
         )
     elif problem["type"] != "missing":
         text += f", got {shown(repr(problem['input']))}"
-    return f"line {_line(node, where)}: {field}: {text}"
+    return f"{field}: {text}"
 
 
-def _line(node: yaml.Node | None, where: tuple[int | str, ...]) -> int:
-    """Line of the deepest part of ``where`` that the file has."""
+def _line(node: yaml.Node | None, where: Sequence[int | str]) -> int:
     line = node.start_mark.line if node else 0
     for part in where:
         if isinstance(node, yaml.MappingNode):

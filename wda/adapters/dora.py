@@ -6,6 +6,7 @@ With LoRA's factors it is DoRA, with VeRA's DVoRA, with none the magnitude alone
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -126,9 +127,7 @@ class Decomposed:
     def direction_norm(self, frozen: Frozen) -> Float[Tensor, "vectors"]:
         """‖V‖ of every vector, without forming V."""
         differentiate = self.full_gradient and torch.is_grad_enabled()
-        # Under autocast κ − 1 would drown in the rounding of a half-precision norm.
-        precise = torch.autocast(frozen.layer.weight.device.type, enabled=False)
-        with torch.set_grad_enabled(differentiate), precise:
+        with torch.set_grad_enabled(differentiate), _precise(frozen.layer.weight.device.type):
             squared = self._squared_norm(frozen) + self._growth(frozen)
             # The root of zero has no gradient.
             return torch.where(squared > 0, squared, 0).sqrt()
@@ -170,6 +169,13 @@ def start_magnitude(frozen: Frozen, per: Per = "output") -> Float[Tensor, "vecto
 
 def _squares(frozen: Frozen, per: Per) -> Float[Tensor, "vectors"]:
     return frozen.squares(1 if per == "output" else 0)
+
+
+def _precise(device: str) -> AbstractContextManager[object]:
+    """Keep autocast away: κ − 1 would drown in the rounding of a half-precision norm."""
+    # The meta device, on which models are counted, has none.
+    there = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if there else nullcontext()
 
 
 def _magnitude(adapter: Adapter) -> Float[Tensor, "vectors"]:

@@ -6,6 +6,8 @@ weight of the model changes, so there is nothing to merge and nothing to compare
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +59,10 @@ def with_prefix(
     if others:
         wanted.modules_to_save = others
     try:
-        wrapped: nn.Module = peft.get_peft_model(model, wanted)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for what is called otherwise by now.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped: nn.Module = peft.get_peft_model(model, wanted)
     except ValueError as error:
         raise ModelError(
             f"model: peft cannot put a prefix before the texts of a {type(model).__name__}: "
@@ -93,6 +98,8 @@ def load_prefix(model: Any, stored: dict[str, Tensor]) -> None:
 
 
 def _peft() -> Any:
+    # PEFT imports it, and it tells of kernels that it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft  # noqa: PLC0415 - an extra
     except ImportError:

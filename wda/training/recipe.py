@@ -8,14 +8,25 @@ from string import Formatter
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
+from wda._version import __version__
 from wda.adapters import AdapterConfig
 from wda.errors import ManifestError
 from wda.locations import beside
-from wda.validation import load_yaml
+from wda.validation import read_yaml
 
-TaskName = Literal["classification", "causal-lm", "seq2seq"]
+# Of the format of recipes. A field that is added does not change it; one that changes meaning does.
+FORMAT = 1
+
+TaskName = Literal["classification", "causal-lm", "seq2seq", "image-text"]
 
 
 def _steps_or_share(amount: float) -> float:
@@ -50,8 +61,8 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     location: str = Field(
-        description="Location of a CSV, JSON, JSONL or Parquet file, of a folder with a dataset, "
-        "or hf://datasets/ORG/NAME@REVISION."
+        description="Location of a CSV, JSON, JSONL or Parquet file, also https://…, of a folder "
+        "with a dataset, or hf://datasets/ORG/NAME@REVISION."
     )
     config: str | None = Field(default=None, description="Which of a dataset's configurations.")
     split: str = Field(default="train", description="Which of a dataset's splits to train on.")
@@ -86,6 +97,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    version: int = Field(
+        default=FORMAT,
+        ge=1,
+        description="Of the recipe's format; a later one needs a later wda.",
+    )
     base: str = Field(
         description="Location of the pre-trained model: a folder in Hugging Face's layout, or a "
         "GGUF file."
@@ -93,11 +109,17 @@ class Recipe(BaseModel):
     task: TaskName = Field(
         default="classification",
         description="`causal-lm` continues prompts with answers, `seq2seq` writes answers from "
-        "encoded prompts; only answers count in the loss.",
+        "encoded prompts; only answers count in the loss. `image-text` models are counted by "
+        "`wda params` and not trained.",
     )
     data: DataSource = Field(description="What it is trained on.")
     adapter: AdapterConfig | None = Field(
         default=None, description="The adapter; without one, all weights are trained."
+    )
+    trained_whole: list[str] = Field(
+        default=[],
+        description="Modules that are trained as they are beside an adapter, by their path or the "
+        "last names of it.",
     )
     quantised: Literal["nf4", "int8"] | None = Field(
         default=None,
@@ -135,6 +157,22 @@ class Recipe(BaseModel):
         default=False, description="Less memory: activations are computed again, not kept."
     )
     seed: int = Field(default=0, ge=0, description="Of initialisation, order and dropout.")
+
+    @field_validator("version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        if version > FORMAT:
+            raise ValueError(
+                f"this wda ({__version__}) reads recipes up to version {FORMAT}; try: "
+                "pip install --upgrade weight-decomposition-analysis"
+            )
+        return version
+
+    @model_validator(mode="after")
+    def _whole_beside_an_adapter(self) -> Self:
+        if self.trained_whole and self.adapter is None:
+            raise ValueError("trained_whole: without an adapter all modules are trained")
+        return self
 
     @model_validator(mode="after")
     def _length_is_given_once(self) -> Self:
@@ -176,6 +214,8 @@ class Recipe(BaseModel):
         )
         if foreign:
             raise ValueError(f"data: {', '.join(sorted(foreign))} cannot be set for {self.task}")
+        if self.task == "image-text":
+            return self
         if generates and (missing := {"prompt", "answer"} - given):
             raise ValueError(f"data: {self.task} needs {', '.join(sorted(missing))}")
         for name in given:
@@ -261,7 +301,14 @@ def load_recipe(path: Path) -> Recipe:
     ManifestError
         With every problem in it, each with its line.
     """
-    recipe = load_yaml(path, Recipe, ManifestError)
+    document = read_yaml(path, list(Recipe.model_fields), ManifestError)
+    if "grid" in document.content:
+        raise ManifestError(f"{path}: has a grid, so it is several recipes; use wda sweep")
+    return beside_recipe(path, document.validate(Recipe, ManifestError))
+
+
+def beside_recipe(path: Path, recipe: Recipe) -> Recipe:
+    """Give a recipe whose relative paths start from the folder of a file."""
     data = recipe.data.model_copy(update={"location": beside(path, recipe.data.location)})
     if isinstance(data.held_out, str) and Path(data.held_out).suffix:
         data = data.model_copy(update={"held_out": beside(path, data.held_out)})

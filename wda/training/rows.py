@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import datasets
@@ -15,6 +15,7 @@ from wda.locations import resolve
 from wda.training.recipe import DataSource
 
 _HUB = re.compile(r"^hf://datasets/([^@]+)(?:@(.+))?$")
+_WEB = re.compile(r"^https?://")
 
 # A file's ending → datasets' name of its format.
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -64,60 +65,96 @@ def load_rows(
     return train, held_out
 
 
-def require_columns(rows: datasets.Dataset, columns: list[str], location: str) -> None:
-    """Refuse rows without some columns.
+def require_columns(there: Sequence[str], columns: Sequence[str], location: str) -> None:
+    """Refuse data without some columns.
 
     Raises
     ------
     ManifestError
         Naming those that exist, and the nearest to what was asked for.
     """
-    absent = [column for column in columns if column not in rows.column_names]
+    absent = [column for column in columns if column not in there]
     if absent:
-        near = get_close_matches(absent[0], rows.column_names, n=1)
+        near = get_close_matches(absent[0], there, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ManifestError(
-            f"data: {location} has no columns {listing(absent)}; it has "
-            f"{listing(rows.column_names)}{hint}"
+            f"data: {location} has no columns {listing(absent)}; it has {listing(there)}{hint}"
         )
+
+
+def is_elsewhere(source: DataSource) -> bool:
+    """Tell whether rows have to be fetched before they can be read."""
+    return _HUB.match(source.location) is not None or _WEB.match(source.location) is not None
+
+
+def columns_elsewhere(source: DataSource) -> list[str]:
+    """Read the names of the columns of data elsewhere from their first row, fetching no more.
+
+    Raises
+    ------
+    ManifestError
+        When they cannot be read.
+    """
+    rows = _read(source.location, source.config, source.split, streaming=True)
+    try:
+        return list(rows.column_names or next(iter(rows)))
+    except Exception as error:  # what streams raises what its readers raise
+        raise _unreadable(source.location, error) from None
 
 
 def fingerprinted(source: DataSource) -> list[Path]:
     """Name the files on this machine that the rows come from, for the provenance."""
-    if _HUB.match(source.location):
+    if is_elsewhere(source):
         return []
     path = resolve(source.location)
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
-def _read(location: str, config: str | None, split: str) -> datasets.Dataset:
+def _read(location: str, config: str | None, split: str, streaming: bool = False) -> Any:
     try:
-        return _loaded(location, config, split)
+        return _loaded(location, config, split, streaming)
     except WdaError:
         raise
     except Exception as error:  # datasets raises what its readers raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ManifestError(
-            f"data.location: {location}: cannot be read as a table: {why}"
-        ) from None
+        raise _unreadable(location, error) from None
 
 
-def _loaded(location: str, config: str | None, split: str) -> datasets.Dataset:
+def _unreadable(location: str, error: Exception) -> ManifestError:
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ManifestError(f"data.location: {location}: cannot be read as a table: {why}")
+
+
+def _loaded(location: str, config: str | None, split: str, streaming: bool) -> Any:
     if hub := _HUB.match(location):
-        return datasets.load_dataset(hub[1], config, split=split, revision=hub[2])
+        return datasets.load_dataset(
+            hub[1], config, split=split, revision=hub[2], streaming=streaming
+        )
+    if _WEB.match(location):
+        form = _format_of(PurePosixPath(location), location)
+        return datasets.load_dataset(
+            form, data_files=location, split="train", streaming=streaming, **_options(form)
+        )
     path = resolve(location)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _of_split(datasets.load_from_disk(str(path)), split, location)
         return datasets.load_dataset(str(path), config, split=split)
+    form = _format_of(path, location)
+    return datasets.load_dataset(form, data_files=str(path), split="train", **_options(form))
+
+
+def _format_of(path: PurePath, location: str) -> str:
     if path.suffix not in _FORMATS:
         raise LocationError(
             f"data.location: {location} ends in {path.suffix or 'nothing'}; files in "
             f"{listing(_FORMATS)} are read"
         )
-    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-    form = _FORMATS[path.suffix]
-    return datasets.load_dataset(form, data_files=str(path), split="train", **options)
+    return _FORMATS[path.suffix]
+
+
+def _options(form: str) -> dict[str, Any]:
+    """Keep texts such as NA as they are written."""
+    return {"keep_default_na": False} if form == "csv" else {}
 
 
 def _of_split(found: Any, split: str, location: str) -> datasets.Dataset:
@@ -132,13 +169,15 @@ def _of_split(found: Any, split: str, location: str) -> datasets.Dataset:
 
 def _held_out(source: DataSource, wanted: str) -> datasets.Dataset:
     """Read another split of the same dataset, or another file."""
-    if _HUB.match(source.location) or resolve(source.location).is_dir():
+    if _HUB.match(source.location) or (
+        not _WEB.match(source.location) and resolve(source.location).is_dir()
+    ):
         return _read(source.location, source.config, wanted)
     return _read(wanted, None, source.split)
 
 
 def _chosen(rows: datasets.Dataset, source: DataSource) -> datasets.Dataset:
-    require_columns(rows, list(source.where), source.location)
+    require_columns(rows.column_names, list(source.where), source.location)
     for column, value in source.where.items():
         fits = [str(found) == value for found in rows[column]]
         rows = rows.select([i for i, fit in enumerate(fits) if fit])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from rich.progress import Progress
 
 from wda.checkpoints import open_base
 from wda.errors import MissingExtraError, OutputError
@@ -44,6 +45,9 @@ class TrainingResult(BaseModel):
         Trained and all parameters of the model.
     seconds : float
         Wall time of the training, this process alone.
+    peak_memory : int
+        Bytes: the most that the accelerator's memory held while it trained; without one, the most
+        resident memory of the process.
     """
 
     accuracy: float
@@ -54,10 +58,11 @@ class TrainingResult(BaseModel):
     trainable: int
     parameters: int
     seconds: float
+    peak_memory: int
 
 
 def train_recipe(
-    recipe: Recipe, run_folder: Path, resume: bool = False, progress: bool = True
+    recipe: Recipe, run_folder: Path, resume: bool = False, progress: bool | Progress = True
 ) -> TrainingResult:
     """Train by a recipe and keep its checkpoints.
 
@@ -69,8 +74,8 @@ def train_recipe(
         Where checkpoints, recipe, result and provenance go.
     resume : bool
         Go on from the newest checkpoint of an interrupted training of the same recipe.
-    progress : bool
-        Whether to show a progress bar on standard error.
+    progress : bool or Progress
+        Whether to show a progress bar on standard error, or the one to add to.
 
     Returns
     -------
@@ -90,8 +95,12 @@ def train_recipe(
     # transformers' trainer imports it, and it tells of kernels that it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers is slow to import.
+    from wda.training.blueprint import count  # noqa: PLC0415
     from wda.training.keeping import METRICS_FILE, drop_training_state, last_checkpoint  # noqa: PLC0415
+    from wda.training.machine import require_precision, require_room  # noqa: PLC0415
     from wda.training.packing import packed_base  # noqa: PLC0415
+    from wda.training.peak import PeakMemory  # noqa: PLC0415
+    from wda.training.tasks import task_of  # noqa: PLC0415
     from wda.training.trainer import make_trainer  # noqa: PLC0415
     from wda.training.watching import ShowProgress  # noqa: PLC0415
 
@@ -100,20 +109,28 @@ def train_recipe(
         if first:
             drop_training_state(run_folder)
         return result
+    task_of(recipe)  # refuses models that are counted only
+    require_precision(recipe.precision)
     base = resolve(recipe.base)
     if first:
         _prepare(recipe, run_folder, resume)
         _record_inputs(recipe, base, run_folder)
     if recipe.quantised:
         base = packed_base(recipe, base, run_folder)
-    with progress_bar(progress and first) as bar:
+    with progress_bar(progress if first else False) as bar:
         trainer = make_trainer(recipe, base, run_folder)
         steps = trainer.args.max_steps
+        counted = count(trainer.model)
+        if first:
+            require_room(run_folder, 4 * counted.trainable, len(recipe.kept_steps(steps)))
         trainer.add_callback(ShowProgress(bar, run_folder.name, steps))
         last = last_checkpoint(run_folder) if resume else None
         start = time.perf_counter()
-        if last is None or last.name != f"checkpoint-{steps}":  # else only the result is wanting
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with PeakMemory() as memory:
+            if (
+                last is None or last.name != f"checkpoint-{steps}"
+            ):  # else only the result is wanting
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - start
     scores = json.loads((run_folder / f"checkpoint-{steps}" / METRICS_FILE).read_text())
     result = TrainingResult(
@@ -122,9 +139,10 @@ def train_recipe(
         loss=scores["loss"],
         n_held_out=len(trainer.eval_dataset),
         steps=steps,
-        trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        trainable=counted.trainable,
+        parameters=counted.parameters,
         seconds=seconds,
+        peak_memory=memory.peak,
     )
     if first:
         write_text(run_folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
@@ -163,14 +181,19 @@ def finished_result(recipe: Recipe, run_folder: Path) -> TrainingResult | None:
     return result if all(folder.is_dir() for folder in kept) else None
 
 
-def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:
-    """Make the run's folder and put the recipe into it, or make sure it is the one to resume."""
+def require_own_folder(recipe: Recipe, run_folder: Path, resume: bool) -> None:
+    """Make sure that a folder is empty, or holds the run that is to be resumed.
+
+    Raises
+    ------
+    OutputError
+        When it holds something else.
+    """
     if not (run_folder / RECIPE_FILE).is_file():
         if run_folder.is_dir() and not all(map(is_scratch, run_folder.iterdir())):
             raise OutputError(
                 f"{run_folder}: is not empty and no run of wda; choose another folder"
             )
-        write_text(run_folder / RECIPE_FILE, recipe.to_yaml())
     elif not resume:
         raise OutputError(
             f"{run_folder}: holds a run already; continue it with --resume, or choose another"
@@ -180,6 +203,13 @@ def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:
             f"{run_folder}: was started with another recipe, see its {RECIPE_FILE}; resume with "
             "that one, choose another folder, or take this one away"
         )
+
+
+def _prepare(recipe: Recipe, run_folder: Path, resume: bool) -> None:
+    """Make the run's folder and put the recipe into it, or make sure it is the one to resume."""
+    require_own_folder(recipe, run_folder, resume)
+    if not (run_folder / RECIPE_FILE).is_file():
+        write_text(run_folder / RECIPE_FILE, recipe.to_yaml())
     clear_scratch(run_folder)
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 import transformers
 
 from wda.adapters import inject, with_prefix
+from wda.errors import ManifestError
 from wda.training.keeping import KeepingTrainer
 from wda.training.recipe import Recipe
-from wda.training.tasks import Task, task_of
+from wda.training.tasks import Splits, Task, task_of
 from wda.training.tasks.task import load_pretrained
+from wda.training.trained_whole import modules_called
 from wda.training.watching import KeepSteps, StopWhenLost
 
 # Recipe's word → transformers' name of the schedule that honours a warm-up.
@@ -50,13 +53,14 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
         model._hf_peft_config_loaded = True  # it asks for peft's adapters, and ours do as well
     whole: tuple[str, ...] = ()
     if recipe.adapter is not None:
-        whole = task.new_modules(model, base)
+        whole = (*task.new_modules(model, base), *modules_called(model, recipe.trained_whole))
         if recipe.method == "prefix":
             model = with_prefix(model, recipe.adapter, task.peft_type, whole)
         else:
             inject(model, recipe.adapter, trained_whole=whole)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    _require_positions(recipe, splits, model)
     steps = recipe.all_steps(len(splits.train), int(os.environ.get("WORLD_SIZE", "1")))
     trainer = KeepingTrainer(
         recipe,
@@ -76,6 +80,21 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
     trainer.add_callback(StopWhenLost(trainer))
     trainer.remove_callback(transformers.PrinterCallback)  # our progress bar shows the loss
     return trainer
+
+
+def _require_positions(recipe: Recipe, splits: Splits, model: Any) -> None:
+    """Refuse rows that are longer than the model has positions for."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is None:
+        return
+    if recipe.adapter is not None and recipe.method == "prefix":
+        most -= recipe.adapter.virtual_tokens
+    longest = max(len(tokens) for part in splits.parts for tokens in part["input_ids"])
+    if longest > most:
+        raise ManifestError(
+            f"max_length: a row has {longest} tokens and {recipe.base} has places for {most}; "
+            f"set max_length: {most} or less"
+        )
 
 
 def _by_length(rows: datasets.Dataset) -> datasets.Dataset:

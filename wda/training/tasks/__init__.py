@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wda.errors import ManifestError, listing
 from wda.training.recipe import Recipe
 from wda.training.tasks.causal import CausalLM
 from wda.training.tasks.classification import Classification
@@ -18,5 +19,16 @@ _TASKS: dict[str, type[Task]] = {
 
 
 def task_of(recipe: Recipe) -> Task:
-    """Give the task of a recipe."""
+    """Give the task of a recipe.
+
+    Raises
+    ------
+    ManifestError
+        When models of it are counted only.
+    """
+    if recipe.task not in _TASKS:
+        raise ManifestError(
+            f"task: {recipe.task} models are counted by wda params, and not trained; choose "
+            f"{listing(_TASKS)}"
+        )
     return _TASKS[recipe.task](recipe)

@@ -17,7 +17,7 @@ class CausalLM(Generation):
     peft_type: ClassVar[str] = "CAUSAL_LM"
     kind: ClassVar[Any] = transformers.AutoModelForCausalLM
 
-    def encode(
+    def encode_row(
         self, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, list[int]]:
         """Put the answer and an end behind the prompt.

@@ -22,6 +22,7 @@ from wda.training.tasks.task import Splits, Task, load_pretrained
 class Classification(Task):
     """Chooses a class; both parts of the data have the same shares of the classes."""
 
+    kind: ClassVar[Any] = transformers.AutoModelForSequenceClassification
     peft_type: ClassVar[str] = "SEQ_CLS"
     accuracy_of: ClassVar[str] = "texts"
 
@@ -30,16 +31,32 @@ class Classification(Task):
         """A fixed number, for texts are short and there are few logits."""
         return 64
 
-    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
-        """Read texts and classes, and tokenise."""
+    @property
+    def columns(self) -> list[str]:
+        """Text and class."""
+        return [self.recipe.data.text, self.recipe.data.label]
+
+    def rows(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Read texts and classes."""
         source = self.recipe.data
-        parts = load_rows(source, self._numbered, source.label)
-        names, others = (part.features[source.label].names for part in parts)
+        train, held_out = load_rows(source, self._numbered, source.label)
+        names, others = (part.features[source.label].names for part in (train, held_out))
         if unknown := sorted(set(others) - set(names)):
             raise ManifestError(
                 f"data.held_out: {source.held_out} has the classes {listing(unknown)}, which "
                 f"{source.location} does not have; choose rows by data.where"
             )
+        return train, held_out
+
+    def encode(
+        self,
+        train: datasets.Dataset,
+        held_out: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Splits:
+        """Tokenise the texts, and number the classes as those trained on are numbered."""
+        source = self.recipe.data
+        names, others = (part.features[source.label].names for part in (train, held_out))
         numbers = [names.index(name) for name in others]
 
         def encode(batch: dict[str, list[Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
@@ -52,14 +69,14 @@ class Classification(Task):
             part.map(
                 encode, batched=True, remove_columns=part.column_names, fn_kwargs={"numbers": n}
             )
-            for part, n in zip(parts, (range(len(names)), numbers), strict=True)
+            for part, n in ((train, range(len(names))), (held_out, numbers))
         )
         return Splits(train, held_out, names)
 
     def _numbered(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Give texts and numbered classes, after making sure that they are such."""
         source = self.recipe.data
-        require_columns(rows, [source.text, source.label], source.location)
+        require_columns(rows.column_names, self.columns, source.location)
         counts = Counter(str(label) for label in rows[source.label])
         if len(counts) < 2 or min(counts.values()) < 2:
             raise ManifestError(
@@ -71,16 +88,16 @@ class Classification(Task):
                 f"data.text: {source.text} of {source.location} holds what is no text; name the "
                 "column with the texts"
             )
-        return rows.select_columns([source.text, source.label]).class_encode_column(source.label)
+        return rows.select_columns(self.columns).class_encode_column(source.label)
 
     def model(self, base: Path, classes: list[str], **options: Any) -> Any:
         """Load the model, with a new head unless it has one for as many classes."""
         try:
-            kind = transformers.AutoModelForSequenceClassification
             options = {"num_labels": len(classes), "dtype": torch.float32, **options}
-            return load_pretrained(kind, base, **options)
+            return load_pretrained(self.kind, base, **options)
         except RuntimeError as error:
-            if "size mismatch" not in str(error):
+            # transformers names the option that would have hidden it.
+            if "ignore_mismatched_sizes" not in str(error):
                 raise
             known = transformers.AutoConfig.from_pretrained(base).num_labels
             raise ManifestError(

@@ -26,19 +26,34 @@ class Generation(Task):
     """Learns to write answers; of the loss and the scores, answers alone count."""
 
     accuracy_of: ClassVar[str] = "tokens of answers"
-    kind: ClassVar[Any]
 
-    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
-        """Fill the prompts and answers of the rows, and tokenise."""
+    @property
+    def columns(self) -> list[str]:
+        """Those of prompt and answer."""
+        source = self.recipe.data
+        return [*columns_of(source.prompt), *columns_of(source.answer)]
+
+    def rows(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Fill the prompts and answers of the rows."""
+        return load_rows(self.recipe.data, self._filled)
+
+    def encode(
+        self,
+        train: datasets.Dataset,
+        held_out: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Splits:
+        """Tokenise prompts and answers."""
         tokenizer.padding_side = "right"  # a tokenizer made for generating pads on the left
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        parts = load_rows(self.recipe.data, self._filled)
 
         def encode(row: dict[str, str]) -> dict[str, list[int]]:
-            return self.encode(row["prompt"], row["answer"], tokenizer)
+            return self.encode_row(row["prompt"], row["answer"], tokenizer)
 
-        train, held_out = (part.map(encode, remove_columns=part.column_names) for part in parts)
+        train, held_out = (
+            part.map(encode, remove_columns=part.column_names) for part in (train, held_out)
+        )
         return Splits(train, held_out, [])
 
     def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
@@ -46,15 +61,15 @@ class Generation(Task):
         return load_pretrained(self.kind, base, dtype=torch.float32, **options)
 
     @abstractmethod
-    def encode(
+    def encode_row(
         self, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, list[int]]:
         """Turn a prompt and its answer into tokens and labels."""
 
     def _filled(self, rows: datasets.Dataset) -> datasets.Dataset:
         source = self.recipe.data
-        columns = [*columns_of(source.prompt), *columns_of(source.answer)]
-        require_columns(rows, columns, source.location)
+        columns = self.columns
+        require_columns(rows.column_names, columns, source.location)
 
         def fill(row: dict[str, Any]) -> dict[str, str]:
             texts = {c: "" if row[c] is None else row[c] for c in columns}

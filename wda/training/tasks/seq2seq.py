@@ -17,7 +17,7 @@ class Seq2Seq(Generation):
     peft_type: ClassVar[str] = "SEQ_2_SEQ_LM"
     kind: ClassVar[Any] = transformers.AutoModelForSeq2SeqLM
 
-    def encode(
+    def encode_row(
         self, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, list[int]]:
         """Tokenise both, each cut to the greatest length."""

@@ -30,6 +30,11 @@ class Splits:
     held_out: datasets.Dataset
     classes: list[str]
 
+    @property
+    def parts(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Both."""
+        return self.train, self.held_out
+
 
 class Task(ABC):
     """One task of a recipe.
@@ -40,21 +45,40 @@ class Task(ABC):
         Data, lengths and the base.
     """
 
+    kind: ClassVar[Any]
     peft_type: ClassVar[str]
     accuracy_of: ClassVar[str]
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    @property
     @abstractmethod
-    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
-        """Read the rows and encode them.
+    def columns(self) -> list[str]:
+        """The columns that the data must have, beside those of ``where``."""
+
+    @abstractmethod
+    def rows(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Read the rows to train on and those held out, and make sure that they fit.
 
         Raises
         ------
         ManifestError
-            When the data do not fit the recipe.
+            When they do not.
         """
+
+    @abstractmethod
+    def encode(
+        self,
+        train: datasets.Dataset,
+        held_out: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Splits:
+        """Tokenise rows."""
+
+    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        """Read the rows and tokenise them."""
+        return self.encode(*self.rows(), tokenizer)
 
     @abstractmethod
     def model(self, base: Path, classes: list[str], **options: Any) -> Any:

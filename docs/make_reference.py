@@ -15,6 +15,8 @@ from wda.spectra import COLUMNS as SPECTRA_COLUMNS
 from wda.spectra import VALUES_COLUMNS
 from wda.statistics import COLUMNS as STATISTICS_COLUMNS
 from wda.statistics import COMPARISON_COLUMNS
+from wda.sweeps.grid import SweepFields
+from wda.sweeps.table import COLUMNS as SWEEP_COLUMNS
 from wda.table import COLUMNS as TABLE_COLUMNS
 from wda.training import DataSource, Recipe
 
@@ -98,6 +100,19 @@ def render() -> str:
                 "Left out, all weights are trained.",
                 of_fields,
                 fields(AdapterConfig),
+            ),
+            section(
+                "A sweep's `recipe.yaml`",
+                "All fields of a recipe, and these.",
+                of_fields,
+                fields(SweepFields),
+            ),
+            section(
+                "`sweep.csv`",
+                "One row per run of a sweep; between `seed` and `accuracy` stand the fields that "
+                "its runs differ in.",
+                ("column", "meaning"),
+                [(f"`{n}`", meaning) for n, meaning in SWEEP_COLUMNS.items()],
             ),
         ]
     )

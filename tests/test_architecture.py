@@ -32,8 +32,8 @@ ROOMS: list[set[str]] = [
     {"reporting"},
     {"adapters"},
     {"callbacks", "training"},
-    {"demo"},
-    {"console"},
+    {"demo", "sweeps"},
+    {"console", "console_training"},
     {"cli"},
     {"__main__"},
 ]

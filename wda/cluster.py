@@ -18,6 +18,10 @@ _LOCAL = re.compile(r"local:(\d+)")
 _ADDRESS = re.compile(r"(tcp|tls)://\S+:\d+")
 _SECONDS_TO_CONNECT = 20
 
+# Of processes here: one thread each. Dask's own settings would also give memory back at every turn,
+# and a training that asks for it again at every turn takes half as long again.
+_ENVIRONMENT = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
+
 
 @contextmanager
 def executor_of(scheduler: str) -> Iterator[Executor]:
@@ -69,15 +73,17 @@ def executor_of(scheduler: str) -> Iterator[Executor]:
 @contextmanager
 def _processes(count: int) -> Iterator[Any]:
     """Start worker processes here; against a limit of memory, mapped files would count."""
+    import dask  # noqa: PLC0415
     from distributed import Client, LocalCluster  # noqa: PLC0415
 
-    cluster = LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        memory_limit=0,
-        dashboard_address=":0",
-        silence_logs=logging.CRITICAL,
-    )
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": _ENVIRONMENT}):
+        cluster = LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            memory_limit=0,
+            dashboard_address=":0",
+            silence_logs=logging.CRITICAL,
+        )
     try:
         with Client(cluster) as client:
             yield client

@@ -23,7 +23,7 @@ from wda.engine import usable_device
 from wda.errors import ManifestError
 from wda.files import describe, staged_folder
 from wda.filling import table_rows, vectors_table
-from wda.manifest import W0, make_manifest
+from wda.manifest import W0, Manifest, make_manifest
 from wda.notes import cache_notes, doubtful_rows, headless_notes
 from wda.nulls import NULLS, Null, draw
 from wda.opening import Opened, open_all, provenance_of
@@ -137,7 +137,7 @@ class Comparison:
 
 
 def compare(  # noqa: PLR0913 - all but the first have a default
-    paths_or_manifest: str | Path | Sequence[str | Path],
+    paths_or_manifest: str | Path | Sequence[str | Path] | Manifest,
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
@@ -159,9 +159,9 @@ def compare(  # noqa: PLR0913 - all but the first have a default
 
     Parameters
     ----------
-    paths_or_manifest : path or sequence of paths
+    paths_or_manifest : path, sequence of paths or Manifest
         Run folders (each with ``checkpoint-<step>`` folders, or itself a checkpoint), or one
-        manifest ending in ``.yaml``.
+        manifest ending in ``.yaml``, or one that was made here.
     base : path or location, optional
         The pre-trained model; by default the manifest's, else what the adapters name.
     matrices : str or sequence of str, optional

@@ -143,43 +143,21 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def make_manifest(
-    what: str | Path | Sequence[str | Path],
+    what: str | Path | Sequence[str | Path] | Manifest,
     base: str | Path | None = None,
     matrices: str | Sequence[str] | None = None,
     per: Per | None = None,
     given: Given = NOTHING_GIVEN,
     w0: W0 | None = None,
 ) -> Manifest:
-    """Make a manifest from run folders, or read one; what is given beside it overrides it.
+    """Make a manifest from run folders, read one or take one; what is given beside it overrides it.
 
     Raises
     ------
     ManifestError
         When nothing is given, a manifest is mixed with folders, or two runs share a name.
     """
-    items = [what] if isinstance(what, str | Path) else list(what)
-    if not items:
-        raise ManifestError("nothing to compare; give run folders or one manifest.yaml")
-    files = [item for item in items if shown(item).endswith((".yaml", ".yml"))]
-    if files and is_location(str(files[0])):
-        raise ManifestError(
-            f"{shown(files[0])}: a manifest is read from this machine only; download it and give "
-            "its path (what it names may lie elsewhere)"
-        )
-    if files and len(items) > 1:
-        raise ManifestError(f"{files[0]}: give one manifest alone, or run folders; not both")
-    if files:
-        manifest = load_manifest(Path(files[0]))
-    else:
-        runs = [Run(path=str(item)) for item in items]
-        twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
-        if twice:
-            paths = listing(shown(run.path) for run in runs if run.name in twice)
-            raise ManifestError(
-                f"several run folders are called {listing(twice)} ({paths}); name the runs in a "
-                "manifest, see wda compare --help"
-            )
-        manifest = Manifest(runs=runs)
+    manifest = what if isinstance(what, Manifest) else _manifest_of(what)
     said = {name: value for name, value in asdict(given).items() if value is not None}
     runs = [run.model_copy(update=said) for run in manifest.runs]
     if isinstance(matrices, str):
@@ -192,3 +170,28 @@ def make_manifest(
         "w0": w0,
     }
     return manifest.model_copy(update={k: v for k, v in options.items() if v is not None})
+
+
+def _manifest_of(what: str | Path | Sequence[str | Path]) -> Manifest:
+    items = [what] if isinstance(what, str | Path) else list(what)
+    if not items:
+        raise ManifestError("nothing to compare; give run folders or one manifest.yaml")
+    files = [item for item in items if shown(item).endswith((".yaml", ".yml"))]
+    if files and is_location(str(files[0])):
+        raise ManifestError(
+            f"{shown(files[0])}: a manifest is read from this machine only; download it and give "
+            "its path (what it names may lie elsewhere)"
+        )
+    if files and len(items) > 1:
+        raise ManifestError(f"{files[0]}: give one manifest alone, or run folders; not both")
+    if files:
+        return load_manifest(Path(files[0]))
+    runs = [Run(path=str(item)) for item in items]
+    twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
+    if twice:
+        paths = listing(shown(run.path) for run in runs if run.name in twice)
+        raise ManifestError(
+            f"several run folders are called {listing(twice)} ({paths}); name the runs in a "
+            "manifest, see wda compare --help"
+        )
+    return Manifest(runs=runs)

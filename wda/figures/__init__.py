@@ -12,6 +12,7 @@ from wda.figures.material import Material
 from wda.figures.nulls import null, null_grid
 from wda.figures.panels import X_LABEL, Y_LABEL, save
 from wda.figures.profiles import effective_rank_grid, profile, profile_grid
+from wda.figures.repetitions import repetitions
 from wda.figures.scatters import scatter, scatter_grid
 from wda.figures.spectra import spectrum, spectrum_grid
 from wda.figures.trajectories import trajectory, trajectory_grid
@@ -29,6 +30,7 @@ __all__ = [
     "null_grid",
     "profile",
     "profile_grid",
+    "repetitions",
     "save",
     "scatter",
     "scatter_grid",

@@ -5,6 +5,7 @@ from wda.statistics.comparing import compare_methods
 from wda.statistics.fitting import compute_statistics
 from wda.statistics.lines import Fit, fit_line
 from wda.statistics.readings import correlation, ends
+from wda.statistics.repetitions import mean_of_repetitions
 
 __all__ = [
     "ALL",
@@ -17,4 +18,5 @@ __all__ = [
     "correlation",
     "ends",
     "fit_line",
+    "mean_of_repetitions",
 ]

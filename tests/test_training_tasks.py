@@ -123,13 +123,13 @@ def recipe(material: Path, task: str = "causal-lm", **changes: Any) -> Recipe:
 def test_answers_alone_have_labels_and_prompts_lose_their_beginning(material: Path) -> None:
     words = tokenizer()
     task = CausalLM(recipe(material, max_length=8))
-    one = task.encode("what is a", "b c", words)
+    one = task.encode_row("what is a", "b c", words)
     assert words.decode(one["input_ids"]) == "<s> what is a b c </s>"
     assert one["labels"] == [IGNORED] * 4 + one["input_ids"][4:]
-    long = task.encode("what is a b c d e f g", "h i", words)
+    long = task.encode_row("what is a b c d e f g", "h i", words)
     assert words.decode(long["input_ids"]) == "c d e f g h i </s>"
     assert long["labels"] == [IGNORED] * 5 + long["input_ids"][5:]
-    too_long = task.encode("what", "a b c d e f g h i j", words)
+    too_long = task.encode_row("what", "a b c d e f g h i j", words)
     assert words.decode(too_long["input_ids"]) == "a b c d e f g h"
 
 

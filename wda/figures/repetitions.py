@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation, Transform
 from pandas.api.types import is_numeric_dtype
 
 from wda import style
 from wda.figures.encoding import dot, legend_beside, wrapped
 from wda.figures.panels import is_wide, new_axes, with_values
 from wda.statistics import mean_of_repetitions
+
+# How far lines are moved apart, in points.
+_APART = 2.6
 
 _LABELS = {
     "accuracy": "held-out accuracy",
@@ -55,7 +60,7 @@ def repetitions(
     Returns
     -------
     matplotlib.axes.Axes
-        With a legend where there are several lines.
+        With a legend where there are several lines that the axis does not tell apart.
 
     Raises
     ------
@@ -68,14 +73,15 @@ def repetitions(
     groups = list(rows.groupby(list(series), sort=False, dropna=False))
     with style.paper_style():
         ax = new_axes(ax)
-        places = _places(rows[x])
+        places, apart = _places(rows[x]), x in series
         for number, (_, of_series) in enumerate(groups):
             # Side by side, so that intervals of lines do not hide each other.
-            shift = 0.16 * (number - (len(groups) - 1) / 2) if isinstance(places, dict) else 0.0
-            _draw_series(ax, of_series, (x, y), places, shift, number)
+            shift = 0 if apart else _APART * (number - (len(groups) - 1) / 2)
+            _draw_series(ax, of_series, (x, y), places, _shifted(ax, shift), number)
         _set_scale(ax, rows[x], places)
+        ax.autoscale_view(scalex=places is None)
         ax.set(xlabel=_LABELS.get(x, x.replace("_", " ")), ylabel=_LABELS.get(y, y))
-        if len(groups) > 1:
+        if len(groups) > 1 and not apart:
             legend_beside(ax, [_handle(i, names) for i, (names, _) in enumerate(groups)])
     return ax
 
@@ -92,15 +98,15 @@ def _draw_series(
     rows: pd.DataFrame,
     columns: tuple[str, str],
     places: dict[object, float] | None,
-    shift: float,
+    shifted: Transform,
     number: int,
 ) -> None:
     x, y = columns
     colour, marker = style.run_colour(number), style.run_marker(number)
     at = rows[x].map(places) if places else rows[x].astype(float)
-    ax.scatter(at + shift, rows[y], s=5, color=colour, alpha=0.45, linewidth=0)
+    ax.scatter(at, rows[y], s=5, color=colour, alpha=0.45, linewidth=0, transform=shifted)
     points = sorted((place, mean_of_repetitions(of[y])) for place, of in rows.groupby(at))
-    where = np.array([place for place, _ in points]) + shift
+    where = np.array([place for place, _ in points])
     means = np.array([mean for _, (mean, _) in points])
     ends = np.array([tuple(interval) for _, (_, interval) in points])
     ax.errorbar(
@@ -115,20 +121,38 @@ def _draw_series(
         lw=1,
         elinewidth=0.8,
         capsize=2,
+        transform=shifted,
     )
+    # What is moved by points does not count where an Axes looks for its limits.
+    ax.update_datalim(np.column_stack([at, rows[y]]))
+    for heights in ends[np.isfinite(ends).all(axis=1)].T:
+        ax.update_datalim(np.column_stack([where[np.isfinite(ends).all(axis=1)], heights]))
+
+
+def _shifted(ax: Axes, points: float) -> Transform:
+    """Give the Axes' coordinates, moved to the right by so many points."""
+    assert isinstance(ax.figure, Figure)
+    return ax.transData + ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
 
 
 def _set_scale(ax: Axes, values: pd.Series, places: dict[object, float] | None) -> None:
     if places:
-        ax.set_xticks(list(places.values()), [wrapped(str(word), 14) for word in places])
+        ax.set_xticks(
+            list(places.values()), [wrapped(style.method_name(str(word)), 11) for word in places]
+        )
         ax.set_xlim(-0.5, len(places) - 0.5)
         return
     known = np.unique(values.astype(float))
     if len(known) > 2 and (is_wide(known) or known.max() >= 8 * known.min() > 0):
         ax.set_xscale("log")
     if len(known) <= 8:
-        ax.set_xticks(known, [f"{value:g}" for value in known])
+        ax.set_xticks(known, [_tick(value) for value in known])
         ax.minorticks_off()
+
+
+def _tick(value: float) -> str:
+    """Write a number briefly, small ones with their power of ten."""
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < value < 0.01 else f"{value:g}"
 
 
 def _handle(number: int, names: tuple[object, ...]) -> Line2D:

@@ -31,23 +31,44 @@ def sweep_figures(
     Yields
     ------
     str, matplotlib.figure.Figure
-        ``accuracy_by_FIELD`` for every field, and ``profile``.
+        ``accuracy_by_FIELD`` for every field; and, of each method at its best setting,
+        ``accuracy_by_method``, and ``profile``: ΔM and ΔD layer by layer.
     """
     rows = table[table["accuracy"].notna()]
     fields = [field for field in varied if field != "seed" and field in rows]
     fields = [field for field in fields if rows[field].nunique() > 1]
-    if rows["method"].nunique() > 1:
-        yield "accuracy_by_method", _of(repetitions(rows, "method"))
+    best = best_settings(rows, fields)
+    if best["method"].nunique() > 1:
+        yield "accuracy_by_method", _of(repetitions(best, "method"))
     for field in fields:
         others = [f for f in fields if f != field and not _follows(rows, f, field)]
         by_line = rows[rows[field].notna()].groupby(["method", *others], dropna=False)
         if by_line.ngroups <= _MOST_LINES and (by_line[field].nunique() > 1).any():
             ax = repetitions(rows, field, series=["method", *others])
             yield f"accuracy_by_{field}", _of(ax)
-    if not compared.empty and compared["layer"].notna().any():
-        lines = compared.drop_duplicates("run")
-        if lines.groupby(["method", "rank"], dropna=False).ngroups <= _MOST_LINES:
-            yield "profile", profile_grid(compared)
+    of_best = compared[compared["run"].isin(best["run"])] if not compared.empty else compared
+    if not of_best.empty and of_best["layer"].notna().any():
+        yield "profile", profile_grid(of_best)
+
+
+def best_settings(rows: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame:
+    """Choose of each method the runs of the setting whose mean accuracy over the seeds is highest.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        A sweep's table.
+    fields : sequence of str
+        The fields that make a setting.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Some of the rows, in their order.
+    """
+    means = rows.groupby(["method", *fields], dropna=False)["accuracy"].transform("mean")
+    highest = means.groupby(rows["method"]).transform("max")
+    return rows[means == highest]
 
 
 def _of(ax: Axes) -> Figure:

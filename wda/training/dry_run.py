@@ -88,6 +88,7 @@ def dry_run(recipe: Recipe, run_folder: Path, resume: bool = False) -> DryRun:
         With every problem that was found.
     """
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every new try
     problems: list[str] = []

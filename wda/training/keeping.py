@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from wda.adapters import load_adapter, save_adapter
 from wda.errors import OutputError, TrainingError
+from wda.files import write_text
 from wda.training.recipe import Recipe
 from wda.training.tasks import Task
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, START_FILE = "metrics.json", "start.json"
 
 # What a checkpoint needs for going on, and the analysis does not.
 _TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -45,6 +46,8 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         Modules trained beside an adapter, saved with it.
     base : str
         Location of what an adapter is trained on.
+    answer : callable
+        Answers the held-out questions, if there are any, and gives the shares that are right.
     **kwargs
         For ``transformers.Trainer``.
     """
@@ -55,9 +58,11 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         task: Task,
         trained_whole: tuple[str, ...],
         base: str,
+        answer: Callable[[], dict[str, float]],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.answer = answer
         self.recipe = recipe
         self.task = task
         self.trained_whole = trained_whole
@@ -107,7 +112,18 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         kind = device.type if devices else "cuda"
         with torch.random.fork_rng(devices, device_type=kind):
             scores: dict[str, float] = super().evaluate(*args, **kwargs)
-        return scores
+            self.model.eval()
+            answered = {f"eval_{name}": share for name, share in self.answer().items()}
+        return {**scores, **answered}
+
+    def score_start(self) -> None:
+        """Write the held-out scores before the first step, where there are questions."""
+        file = Path(self.args.output_dir) / START_FILE
+        if not self.recipe.data.choices or file.is_file():
+            return
+        scores = _known(self.evaluate())
+        if self.args.should_save:
+            write_text(file, json.dumps({"step": 0, **scores}, indent=2) + "\n")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.recipe.group_by_length:
@@ -149,14 +165,12 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
         """Write the held-out scores beside the weights, with what was logged at this step."""
         step = self.state.global_step
         logged = [line for line in self.state.log_history if "loss" in line][-1]
-        known = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_")}
-        timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         metrics = {
             "step": step,
             "epoch": self.state.epoch,
             "learning_rate": logged["learning_rate"],
             "training_loss": logged["loss"],
-            **{name: score for name, score in known.items() if name not in timed},
+            **_known(scores),
         }
         folder = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
         (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -179,6 +193,13 @@ class KeepingTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_adapter(model or self.model, Path(resume_from_checkpoint), self.trained_whole)
+
+
+def _known(scores: dict[str, float]) -> dict[str, float]:
+    """Give the scores without what only tells how long scoring took."""
+    named = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_")}
+    timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    return {name: score for name, score in named.items() if name not in timed}
 
 
 class EpochSampler(LengthGroupedSampler):  # type: ignore[misc]

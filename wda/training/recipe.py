@@ -78,6 +78,12 @@ class DataSource(BaseModel):
     answer: str = Field(
         default="", description="Generation: what is to be learnt, written like the prompt."
     )
+    choices: list[str] = Field(
+        default=[],
+        description="Generation: words that answers choose among, such as [yes, no]. The held-out "
+        "rows are then answered too: by what the model writes first of them, and by likelihood. "
+        "Of a row, those count that its prompt names; all, where it names none.",
+    )
     where: dict[str, str] = Field(
         default={}, description="Column → value that a row must have to be used."
     )
@@ -206,7 +212,7 @@ class Recipe(BaseModel):
     def _data_fit_the_task(self) -> Self:
         defaults = DataSource.model_fields
         generates = self.task != "classification"
-        given = {n for n in ("prompt", "answer") if getattr(self.data, n)}
+        given = {n for n in ("prompt", "answer", "choices") if getattr(self.data, n)}
         foreign = (
             {n for n in ("text", "label") if getattr(self.data, n) != defaults[n].default}
             if generates
@@ -218,7 +224,7 @@ class Recipe(BaseModel):
             return self
         if generates and (missing := {"prompt", "answer"} - given):
             raise ValueError(f"data: {self.task} needs {', '.join(sorted(missing))}")
-        for name in given:
+        for name in given - {"choices"}:
             _columns(name, getattr(self.data, name))
         return self
 

@@ -31,8 +31,8 @@ class TrainingResult(BaseModel):
     Attributes
     ----------
     accuracy : float
-        Share of the held-out texts that are classified right, or of their answers' tokens that are
-        the likeliest ones, 0 to 1.
+        Share of the held-out texts that are classified right, of the questions whose written answer
+        is, or of the answers' tokens that are the likeliest ones, 0 to 1.
     accuracy_of : str
         What it is a share of.
     loss : float
@@ -125,6 +125,8 @@ def train_recipe(
             require_room(run_folder, 4 * counted.trainable, len(recipe.kept_steps(steps)))
         trainer.add_callback(ShowProgress(bar, run_folder.name, steps))
         last = last_checkpoint(run_folder) if resume else None
+        if last is None:
+            trainer.score_start()
         start = time.perf_counter()
         with PeakMemory() as memory:
             if (
@@ -134,8 +136,8 @@ def train_recipe(
         seconds = time.perf_counter() - start
     scores = json.loads((run_folder / f"checkpoint-{steps}" / METRICS_FILE).read_text())
     result = TrainingResult(
-        accuracy=scores["accuracy"],
-        accuracy_of=trainer.task.accuracy_of,
+        accuracy=scores.get("exact_match", scores["accuracy"]),
+        accuracy_of="questions" if "exact_match" in scores else trainer.task.accuracy_of,
         loss=scores["loss"],
         n_held_out=len(trainer.eval_dataset),
         steps=steps,

@@ -67,6 +67,7 @@ def make_trainer(recipe: Recipe, base: Path, run_folder: Path) -> KeepingTrainer
         task,
         whole,
         str(base.resolve()) if recipe.quantised else recipe.base,
+        lambda: task.answer(model, tokenizer, splits.questions),
         model=model,
         args=_arguments(recipe, task, steps, run_folder),
         train_dataset=splits.train,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +14,17 @@ import transformers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from wda.errors import ManifestError
+from wda.errors import ManifestError, listing
 from wda.training.recipe import columns_of
 from wda.training.rows import load_rows, require_columns
+from wda.training.tasks.questions import (
+    Question,
+    answer_by_likelihood,
+    answer_greedily,
+    make_question,
+    share_right,
+    summed_losses,
+)
 from wda.training.tasks.task import Splits, Task, load_pretrained
 
 # The label of a token that does not count.
@@ -51,10 +60,44 @@ class Generation(Task):
         def encode(row: dict[str, str]) -> dict[str, list[int]]:
             return self.encode_row(row["prompt"], row["answer"], tokenizer)
 
+        questions = self._questions(held_out)
         train, held_out = (
             part.map(encode, remove_columns=part.column_names) for part in (train, held_out)
         )
-        return Splits(train, held_out, [])
+        return Splits(train, held_out, [], questions)
+
+    def _questions(self, held_out: datasets.Dataset) -> list[Question]:
+        source = self.recipe.data
+        if not source.choices:
+            return []
+        made = [make_question(row["prompt"], row["answer"], source.choices) for row in held_out]
+        if None in made:
+            raise ManifestError(
+                f"data.choices: row {made.index(None) + 1} of the held-out rows has none of "
+                f"{listing(source.choices)} in its answer; name all choices, or other columns"
+            )
+        return [question for question in made if question is not None]
+
+    def answer(self, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, float]:
+        """Answer by what the model writes, and by likelihood."""
+        if not questions:
+            return {}
+        batch, choices = self.eval_batch_size, self.recipe.data.choices
+        collator = self.collator(tokenizer, model)
+
+        def losses(pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+            rows = [self.encode_row(prompt, answer, tokenizer) for prompt, answer in pairs]
+            return summed_losses(model, rows, self, collator, batch)
+
+        with torch.inference_mode():
+            written = answer_greedily(
+                model, tokenizer, questions, choices, batch, self.recipe.max_length
+            )
+            likeliest = answer_by_likelihood(questions, losses)
+        return {
+            "exact_match": share_right(written, questions),
+            "likeliest_right": share_right(likeliest, questions),
+        }
 
     def model(self, base: Path, classes: list[str], **options: Any) -> Any:  # noqa: ARG002
         """Load the model."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from wda.training.recipe import Recipe
+from wda.training.tasks.questions import Question
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,14 @@ class Splits:
         With ``input_ids``, ``attention_mask`` and ``labels``.
     classes : list of str
         The names of the classes in order of their number, where there are classes.
+    questions : list of Question
+        What is answered of the held-out rows, where there are choices.
     """
 
     train: datasets.Dataset
     held_out: datasets.Dataset
     classes: list[str]
+    questions: list[Question] = field(default_factory=list)
 
     @property
     def parts(self) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -95,6 +100,10 @@ class Task(ABC):
     @abstractmethod
     def scores(self, prediction: Any) -> dict[str, float]:
         """Give accuracy, and what else there is, of all that was reduced."""
+
+    def answer(self, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, float]:  # noqa: ARG002
+        """Answer questions, and give the shares that are right; nothing where there are none."""
+        return {}
 
     @property
     def eval_batch_size(self) -> int:

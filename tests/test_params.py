@@ -15,11 +15,13 @@ import transformers
 from adapted import tiny_llama
 from conftest import wda_command
 from test_training import recipe as small_recipe
+from torch import nn
 
 from wda.errors import LocationError, ManifestError, SelectionError
 from wda.sweeps import load_runs
 from wda.training import Recipe, load_recipe, train_recipe
 from wda.training.blueprint import blueprint, count, model_config
+from wda.training.trained_whole import modules_called
 
 ROOT = Path(__file__).parent.parent
 PAGE = runpy.run_path(str(ROOT / "docs/make_paper.py"))
@@ -108,6 +110,8 @@ def test_modules_trained_whole_are_counted_trained_and_kept(
     for name in ("pooler.dense.weight", "encoder.layer.1.output.LayerNorm.bias"):
         (stored,) = [tensor for key, tensor in kept.items() if key.endswith(name)]
         assert not torch.equal(stored, started[name])
+    two = nn.ModuleDict({"a": nn.ModuleDict({"norm": nn.Linear(1, 1)}), "prenorm": nn.Linear(1, 1)})
+    assert modules_called(two, ["norm"]) == ("a.norm",)
     wrong = small_recipe(trainable, trained_whole=["poler"])
     with pytest.raises(SelectionError, match=r"trained_whole: no module is called 'poler'; did"):
         blueprint(wrong)

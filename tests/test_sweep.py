@@ -19,6 +19,7 @@ from wda import figures
 from wda.errors import ManifestError, TableError
 from wda.statistics import mean_of_repetitions
 from wda.sweeps import load_runs, load_sweep, plan_sweep, run_sweep
+from wda.sweeps.figures import best_settings
 from wda.sweeps.table import COLUMNS, SWEEP_FILE
 from wda.training import Recipe
 
@@ -262,6 +263,16 @@ def test_the_figure_shows_means_intervals_and_every_run() -> None:
     ]
     with pytest.raises(TableError, match="repetitions: no row has a finite accuracy"):
         figures.repetitions(results(rank=[4], accuracy=[np.nan]), "rank")
+
+
+def test_each_method_is_shown_at_its_best_setting() -> None:
+    """The highest mean over the seeds, not the highest run."""
+    rank = [2, 2, 4, 4]
+    lora = results(rank=rank, accuracy=[0.6, 0.61, 0.5, 0.7])
+    dora = results(rank=rank, accuracy=[0.9, 0.1, 0.55, 0.56]).assign(method="dora")
+    ft = results(rank=[np.nan, np.nan], accuracy=[0.3, 0.2]).assign(method="ft")
+    best = best_settings(pd.concat([lora, dora, ft], ignore_index=True), ["rank"])
+    assert list(best.index) == [0, 1, 6, 7, 8, 9]
 
 
 def test_shipped_sweeps_are_whole() -> None:

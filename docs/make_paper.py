@@ -77,8 +77,8 @@ wda train pkg://wda/recipes/paper/commonsense-llama-7b-dora.yaml --dry-run
 
 `--dry-run` checks columns, model and settings, and tells memory, time and room on disk. None of
 the recipes was trained to its end here: there was neither a GPU of that size nor a way to the
-models. Those of LLaVA and VL-BART are for counting, since wda trains no models of images; Stable
-Diffusion XL, of which the paper prints neither settings nor counts, has none.
+models. Those of LLaVA, VL-BART and Stable Diffusion XL are for counting, since wda trains no
+models of images; the last needs `pip install diffusers`.
 """
 
 FOOT = """
@@ -97,9 +97,10 @@ number that either gives counts as the same. What else there is to know:
   million) and the layers that bring images in (1.58 million): (7.08 + 0.15 + 1.58) / (139.4 +
   1.58 + 7.08) is 5.95 %, where the paper prints 5.93. Table 9 names query and key; the text and
   the code say query and value.
-* **Learning rates of LoRA** are those of LLM-Adapters, which the paper compares with; α of the
-  recipes for Alpaca, and all settings of those for Orca-Math, are ours, for the paper prints
-  none.
+* **What the paper does not print.** LoRA's learning rate is that of LLM-Adapters, 3e-4, which the
+  released code names too; α of the recipes for Alpaca is 2r, as elsewhere. The settings for
+  Orca-Math are those of the released script, on six of the seven projections; those for Stable
+  Diffusion XL are those of the example of diffusers.
 * **Prompts have no part in the loss** here. LLM-Adapters, which the paper trains with, lets them
   by default.
 """

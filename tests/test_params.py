@@ -137,6 +137,14 @@ def test_models_of_images_are_counted_and_not_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_of_a_diffusion_model_the_unet_is_counted() -> None:
+    """Of Stable Diffusion XL's 2,567,463,684 parameters none is trained but the adapter's."""
+    recipe = load_recipe(ROOT / "wda/recipes/paper/sdxl-dreambooth-lora.yaml")
+    counted = count(blueprint(recipe))
+    assert counted.parameters - counted.trainable == 2_567_463_684
+    assert counted.trainable == 5_806_080  # of rank 4, as the example of diffusers has it
+
+
 def test_the_command_prints_counts(tmp_path: Path) -> None:
     recipes = [FILES[0], "pkg://wda/recipes/paper/granularity-llama-7b.yaml"]
     done = wda_command("params", *recipes, "--json", cwd=tmp_path)

@@ -117,6 +117,15 @@ def test_what_no_run_can_do_is_told_before_any(trainable: Path, tmp_path: Path) 
         plan_sweep(sweep, tmp_path / "runs", progress=False)
 
 
+def test_matrices_that_are_not_there_are_told_before_any_run(
+    trainable: Path, tmp_path: Path
+) -> None:
+    path = grid_file(tmp_path / "sweep.yaml", trainable, {"seed": [0, 1]})
+    path.write_text(path.read_text() + "matrices: [qery]\n")
+    with pytest.raises(ManifestError, match="grid: 1 wrong: .*/base: .*no matrix .* 'qery'"):
+        plan_sweep(load_sweep(path), tmp_path / "runs", progress=False)
+
+
 def test_a_large_grid_has_to_be_confirmed(trainable: Path, tmp_path: Path) -> None:
     grid = {"seed": list(range(30))}
     path = grid_file(tmp_path / "many.yaml", trainable, grid)

@@ -6,6 +6,7 @@ computed over blocks of rows, so that no more than a block is ever unpacked at a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -137,3 +138,11 @@ def packed_kind(layer: nn.Module) -> type[FrozenPacked] | None:
     # By its name, for importing bitsandbytes takes seconds, and it need not be there.
     kind = type(layer)
     return _KINDS.get(kind.__name__) if kind.__module__.startswith("bitsandbytes.") else None
+
+
+def hush_bitsandbytes() -> None:
+    """Keep it silent: PEFT, diffusers and transformers' trainer import it wherever it is.
+
+    It then tells of kernels that it does without.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

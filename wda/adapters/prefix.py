@@ -6,13 +6,13 @@ weight of the model changes, so there is nothing to merge and nothing to compare
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from wda.adapters.config import AdapterConfig
+from wda.adapters.packed import hush_bitsandbytes
 from wda.errors import MissingExtraError, ModelError
 
 
@@ -98,8 +98,7 @@ def load_prefix(model: Any, stored: dict[str, Tensor]) -> None:
 
 
 def _peft() -> Any:
-    # PEFT imports it, and it tells of kernels that it does without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hush_bitsandbytes()
     try:
         import peft  # noqa: PLC0415 - an extra
     except ImportError:

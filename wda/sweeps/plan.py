@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wda.errors import ManifestError, listing
+from wda.errors import ManifestError, WdaError, listing
+from wda.naming import find_matrices, select
 from wda.progress import duration, progress_bar
 from wda.sweeps.grid import Planned, Sweep
 from wda.sweeps.running import place
 from wda.training import Recipe, finished_result
+from wda.training.blueprint import blueprint
 from wda.training.dry_run import dry_run
 
 # More than these have to be confirmed.
@@ -93,6 +96,11 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = True) -> SweepPlan:
     seconds: dict[str, float | None] = {}
     wrong: dict[str, list[str]] = {}
     with progress_bar(progress) as bar:
+        for base, planned in {p.recipe.base: p for p in left}.items():
+            try:
+                _require_matrices(planned.recipe, sweep.matrices)
+            except WdaError as unfit:
+                wrong.setdefault(str(unfit), []).append(base)
         task = bar.add_task("checking", total=len(left), note="")
         for planned in left:
             alike = _kind(planned.recipe)
@@ -111,6 +119,13 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = True) -> SweepPlan:
     known = [s for s in taken if s is not None]
     finished = len(sweep.runs) - len(left)
     return SweepPlan(len(sweep.runs), finished, sum(known), len(taken) - len(known))
+
+
+def _require_matrices(recipe: Recipe, matrices: Sequence[str]) -> None:
+    """Make sure that there will be something to compare."""
+    plain = recipe.model_copy(update={"adapter": None, "quantised": None, "trained_whole": []})
+    shapes = {n: tuple(p.shape) for n, p in blueprint(plain).named_parameters()}
+    select(find_matrices(shapes), matrices)
 
 
 def _kind(recipe: Recipe) -> str:

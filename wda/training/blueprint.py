@@ -13,7 +13,8 @@ import transformers
 from torch import nn
 
 from wda.adapters import inject, with_prefix
-from wda.errors import LocationError, ManifestError
+from wda.adapters.packed import hush_bitsandbytes
+from wda.errors import LocationError, ManifestError, MissingExtraError
 from wda.locations import locate
 from wda.training.recipe import Recipe
 from wda.training.tasks import task_of
@@ -64,9 +65,7 @@ def blueprint(recipe: Recipe) -> Any:
     Which modules of a classifier are new cannot be known without its weights: all beside its body
     are taken to be.
     """
-    config = model_config(recipe.base)
-    with torch.device("meta"):
-        model = _empty(recipe, config)
+    model = _unet(recipe.base) if recipe.task == "text-to-image" else _empty(recipe)
     if recipe.adapter is None:
         return model
     whole = modules_called(model, recipe.trained_whole)
@@ -129,8 +128,11 @@ def _shipped(location: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def _empty(recipe: Recipe, config: Any) -> Any:
-    if recipe.task != "image-text":
+def _empty(recipe: Recipe) -> Any:
+    config = model_config(recipe.base)
+    with torch.device("meta"):
+        if recipe.task == "image-text":
+            return getattr(transformers, config.architectures[0])(config)
         try:
             return task_of(recipe).kind.from_config(config)
         except ValueError as error:
@@ -139,4 +141,18 @@ def _empty(recipe: Recipe, config: Any) -> Any:
                 f"transformers has no such model ({str(error).splitlines()[0][:120]}); choose "
                 "another task or base"
             ) from None
-    return getattr(transformers, config.architectures[0])(config)
+
+
+def _unet(location: str) -> Any:
+    """Build the part of a diffusion model that adapters go into."""
+    hush_bitsandbytes()
+    try:
+        import diffusers  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise MissingExtraError(
+            "task: text-to-image needs diffusers, which is not installed; "
+            "try: pip install diffusers"
+        ) from None
+    file = _shipped(location) or locate(location) / "unet" / "config.json"
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel.from_config(json.loads(file.read_text("utf-8")))

@@ -26,7 +26,7 @@ from wda.validation import read_yaml
 # Of the format of recipes. A field that is added does not change it; one that changes meaning does.
 FORMAT = 1
 
-TaskName = Literal["classification", "causal-lm", "seq2seq", "image-text"]
+TaskName = Literal["classification", "causal-lm", "seq2seq", "image-text", "text-to-image"]
 
 
 def _steps_or_share(amount: float) -> float:
@@ -115,8 +115,8 @@ class Recipe(BaseModel):
     task: TaskName = Field(
         default="classification",
         description="`causal-lm` continues prompts with answers, `seq2seq` writes answers from "
-        "encoded prompts; only answers count in the loss. `image-text` models are counted by "
-        "`wda params` and not trained.",
+        "encoded prompts; only answers count in the loss. Models of `image-text` and "
+        "`text-to-image` are counted by `wda params` and not trained.",
     )
     data: DataSource = Field(description="What it is trained on.")
     adapter: AdapterConfig | None = Field(
@@ -220,7 +220,7 @@ class Recipe(BaseModel):
         )
         if foreign:
             raise ValueError(f"data: {', '.join(sorted(foreign))} cannot be set for {self.task}")
-        if self.task == "image-text":
+        if self.task in ("image-text", "text-to-image"):
             return self
         if generates and (missing := {"prompt", "answer"} - given):
             raise ValueError(f"data: {self.task} needs {', '.join(sorted(missing))}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import time
 from pathlib import Path
@@ -92,9 +91,8 @@ def train_recipe(
         When model or data cannot be read.
     """
     _require_training_extra()
-    # transformers' trainer imports it, and it tells of kernels that it does without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers is slow to import.
+    from wda.adapters.packed import hush_bitsandbytes  # noqa: PLC0415
     from wda.training.blueprint import count  # noqa: PLC0415
     from wda.training.keeping import METRICS_FILE, drop_training_state, last_checkpoint  # noqa: PLC0415
     from wda.training.machine import require_precision, require_room  # noqa: PLC0415
@@ -104,6 +102,7 @@ def train_recipe(
     from wda.training.trainer import make_trainer  # noqa: PLC0415
     from wda.training.watching import ShowProgress  # noqa: PLC0415
 
+    hush_bitsandbytes()
     first = is_first_process()
     if resume and (result := finished_result(recipe, run_folder)):
         if first:

@@ -103,11 +103,6 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = Field(
-        default=FORMAT,
-        ge=1,
-        description="Of the recipe's format; a later one needs a later wda.",
-    )
     base: str = Field(
         description="Location of the pre-trained model: a folder in Hugging Face's layout, or a "
         "GGUF file."
@@ -163,6 +158,11 @@ class Recipe(BaseModel):
         default=False, description="Less memory: activations are computed again, not kept."
     )
     seed: int = Field(default=0, ge=0, description="Of initialisation, order and dropout.")
+    version: int = Field(
+        default=FORMAT,
+        ge=1,
+        description="Of the recipe's format; a later one needs a later wda.",
+    )
 
     @field_validator("version")
     @classmethod

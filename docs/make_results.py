@@ -36,11 +36,11 @@ _DPI = 130
 _COLOURS = 64
 
 SETTINGS = {
-    "lora: q k v o u d": ("lora", "query+key+value+output+up+down", None),
-    "dora: q k v o u d": ("dora", "query+key+value+output+up+down", None),
-    "dora: V q k v, m all": ("dora", "query+key+value", "query+key+value+output+up+down"),
-    "dora: q k v": ("dora", "query+key+value", None),
-    "m alone: q k v o u d": ("magnitude", "query+key+value+output+up+down", None),
+    "LoRA, all six": ("lora", "query+key+value+output+up+down", None),
+    "DoRA, all six": ("dora", "query+key+value+output+up+down", None),
+    "DoRA, V of q k v, m of all six": ("dora", "query+key+value", "query+key+value+output+up+down"),
+    "DoRA, q k v": ("dora", "query+key+value", None),
+    "m alone, all six": ("magnitude", "query+key+value+output+up+down", None),
 }
 
 
@@ -52,7 +52,9 @@ def sweep(name: str) -> pd.DataFrame:
 def told(values: pd.Series, digits: str = ".3f") -> str:
     """Write a mean over the seeds with half its 95 % interval."""
     mean, (_, high) = mean_of_repetitions(values)
-    return f"{mean:{digits}} ± {high - mean:{digits}}"
+    return f"{mean:{digits}}" + (
+        "" if high - mean < 1e-12 else f" ± {high - mean:{digits.lstrip('+')}}"
+    )
 
 
 def by_setting(rows: pd.DataFrame, fields: Sequence[str], columns: dict[str, str]) -> str:
@@ -165,7 +167,7 @@ def granularity() -> tuple[str, Figure]:
     """Table 6: what is trained of which matrices."""
     table = sweep("granularity")
     table["setting"] = [_setting(row) for row in table.to_dict("records")]
-    columns = {"accuracy": ".3f", "trainable_share": ".3%", "seconds": ".0f"}
+    columns = {"accuracy": ".3f", "trainable_share": ".3%"}
     axes = figures.repetitions(table, "setting", series=["setting"])
     return by_setting(table, ["setting"], columns), _of(axes)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbclient
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -191,3 +193,17 @@ def test_the_users_own_style_is_left_alone() -> None:
     before = dict(plt.rcParams)
     figures.scatter_grid(made_table(), compute_statistics(made_table()))
     assert dict(plt.rcParams) == before
+
+
+def test_a_notebook_shows_every_figure() -> None:
+    """The first one loads the notebook's backend, which has to stay as it is for the next."""
+    code = (
+        "import pandas as pd, wda\n"
+        "table = pd.DataFrame({'method': 'ft', 'seed': [0, 1], 'rank': 4, 'accuracy': [0.5, 0.6]})"
+    )
+    draw = "ax = wda.figures.repetitions(table, 'rank')"
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(text) for text in (code, draw, draw)]
+    nbclient.NotebookClient(notebook, timeout=100).execute()
+    for cell in notebook.cells[1:]:
+        assert [list(output.data) for output in cell.outputs] == [["text/plain", "image/png"]]

@@ -74,6 +74,10 @@ def paper_style() -> Iterator[None]:
     """Draw in the house's style inside the block, and leave the user's settings as they were."""
     with plt.style.context(["default", _RC]):
         yield
+        interactive = mpl.is_interactive()
+    # The first figure loads the backend, and a notebook's turns this on: without, the next figures
+    # would not be shown.
+    mpl.interactive(interactive)
 
 
 def layer_colours(layers: Sequence[int]) -> dict[int, tuple[float, float, float, float]]:

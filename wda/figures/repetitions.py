@@ -145,7 +145,9 @@ def _set_scale(ax: Axes, values: pd.Series, places: dict[object, float] | None) 
     known = np.unique(values.astype(float))
     if len(known) > 2 and (is_wide(known) or known.max() >= 8 * known.min() > 0):
         ax.set_xscale("log")
-    if len(known) <= 8:
+    positions = np.log(known) if ax.get_xscale() == "log" else known
+    # Each value has its tick where there is room for what is written under it.
+    if len(known) <= 8 and (np.diff(positions) > 0.08 * np.ptp(positions)).all():
         ax.set_xticks(known, [_tick(value) for value in known])
         ax.minorticks_off()
 

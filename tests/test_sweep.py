@@ -18,10 +18,12 @@ import wda
 from wda import figures
 from wda.errors import ManifestError, TableError
 from wda.statistics import mean_of_repetitions
-from wda.sweeps import load_runs, load_sweep, plan_sweep, run_sweep
+from wda.sweeps import Planned, load_runs, load_sweep, plan_sweep, run_sweep
 from wda.sweeps.figures import best_settings
+from wda.sweeps.running import Done
+from wda.sweeps.sweep import _manifests
 from wda.sweeps.table import COLUMNS, SWEEP_FILE
-from wda.training import Recipe
+from wda.training import Recipe, TrainingResult
 
 BOTH = [{"method": "lora", "rank": 2}, {"method": "dora", "rank": 3}]
 
@@ -291,3 +293,20 @@ def test_shipped_sweeps_are_whole() -> None:
         seeds = {0} if file.stem == "commonsense" else {0, 1, 2}
         assert {run.recipe.seed for run in runs} == seeds, file
         assert all(isinstance(run.recipe, Recipe) for run in runs)
+
+
+def test_runs_are_compared_with_their_own_base(trainable: Path, tmp_path: Path) -> None:
+    """A packed base lies in the run's folder; what stands beside weights is left out."""
+    result = TrainingResult.model_construct()
+    plain, series = (
+        recipe(trainable, adapter=adapter)
+        for adapter in (BOTH[0], {"method": "series", "bottleneck": 2, "targets": ["down"]})
+    )
+    packed = plain.model_copy(update={"quantised": "nf4"})
+    done = [
+        Done(Planned(name, asked), tmp_path / name, result)
+        for name, asked in (("a", plain), ("b", packed), ("c", series), ("d", plain))
+    ]
+    done.append(Done(Planned("e", plain), tmp_path / "e", None, "the loss is no number"))
+    found = {m.base: [run.name for run in m.runs] for m in _manifests(done, ["query"])}
+    assert found == {plain.base: ["a", "d"], str(tmp_path / "b/base"): ["b"]}

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from rich.progress import Progress
 
+from wda.adapters.packed import hush_bitsandbytes
 from wda.checkpoints import open_base
 from wda.errors import MissingExtraError, OutputError
 from wda.files import clear_scratch, describe, is_scratch, write_text
@@ -90,9 +91,9 @@ def train_recipe(
     WdaError
         When model or data cannot be read.
     """
+    hush_bitsandbytes()
     _require_training_extra()
     # transformers is slow to import.
-    from wda.adapters.packed import hush_bitsandbytes  # noqa: PLC0415
     from wda.training.blueprint import count  # noqa: PLC0415
     from wda.training.keeping import METRICS_FILE, drop_training_state, last_checkpoint  # noqa: PLC0415
     from wda.training.machine import require_precision, require_room  # noqa: PLC0415
@@ -102,7 +103,6 @@ def train_recipe(
     from wda.training.trainer import make_trainer  # noqa: PLC0415
     from wda.training.watching import ShowProgress  # noqa: PLC0415
 
-    hush_bitsandbytes()
     first = is_first_process()
     if resume and (result := finished_result(recipe, run_folder)):
         if first:

@@ -140,7 +140,7 @@ def _draw_correlations(ax: Axes, fits: pd.DataFrame) -> None:
         band = [rows["null_r_low"].mean(), rows["null_r_high"].mean()]
         ax.plot([x, x], band, color="0.72", lw=6, solid_capstyle="butt")
         colour, marker = ("#0072B2", "o") if matrix == "query" else ("#E69F00", "s")
-        ax.scatter([x] * len(rows), rows["pearson_r"], 14, colour, marker, zorder=3, linewidth=0)
+        ax.scatter([x] * len(rows), rows["pearson_r"], 14, colour, marker=marker, zorder=3, lw=0)
     ax.axhline(0, color="0.5", lw=0.6)
     ax.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
     ax.set(xlim=(-0.5, len(rates) - 0.5), ylim=(-1.05, 1.1))

@@ -79,6 +79,16 @@ def test_the_reference_page_is_the_codes() -> None:
     assert (ROOT / "docs" / "reference.md").read_text() == page
 
 
+def test_the_tables_of_results_are_those_of_the_sweeps(tmp_path: Path) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_results.py"))
+    page = (ROOT / "docs" / "results.md").read_text()
+    tables = made["tables"](tmp_path)
+    assert made["fill"](page, tables) == page
+    for name in made["QUESTIONS"]:
+        assert f"<!-- {name} -->" in page
+        assert (tmp_path / f"results_{name}.png").stat().st_size > 2000
+
+
 def public_objects() -> list[str]:
     """Dotted names of everything a user may call, and of its public methods."""
     names = []

@@ -97,7 +97,7 @@ def public_objects() -> list[str]:
         *(f"wda.{m}" for m in ("adapters", "training", "figures", "engine", "updates", "naming")),
         *(f"wda.{m}" for m in ("decomposition", "statistics", "table", "comparison", "locations")),
         *(f"wda.{m}" for m in ("spectra", "callbacks")),
-        *(f"wda.{m}" for m in ("report", "reporting")),
+        *(f"wda.{m}" for m in ("report", "reporting", "sweeps")),
     ]
     for module_name in modules:
         module = importlib.import_module(module_name)

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from small_pictures import save_small
 
 from wda import figures, style
 from wda.figures.encoding import dot
@@ -32,8 +32,6 @@ KEPT = {
 }
 ALL_ROWS = 7677  # of Rotten Tomatoes, without those held out
 METHODS = ["ft", "weightnorm", "lora", "dora"]
-_DPI = 130
-_COLOURS = 64
 
 SETTINGS = {
     "LoRA, all six": ("lora", "query+key+value+output+up+down", None),
@@ -250,21 +248,12 @@ def keep(folder: Path) -> None:
             shutil.copy(found.parent / name, into / name)
 
 
-def _save(figure: Figure, file: Path) -> None:
-    with style.paper_style():
-        figure.savefig(file, dpi=_DPI)
-    plt.close(figure)
-    with Image.open(file) as picture:
-        small = picture.convert("RGB").quantize(_COLOURS)
-    small.save(file, optimize=True)
-
-
 def tables(pictures: Path) -> dict[str, str]:
     """Make every question's table, and draw its figure."""
     found = {"lengths": lengths()}
     for name, question in QUESTIONS.items():
         found[name], figure = question()
-        _save(figure, pictures / f"results_{name}.png")
+        save_small(figure, pictures / f"results_{name}.png")
     return found
 
 

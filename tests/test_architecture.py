@@ -33,7 +33,8 @@ ROOMS: list[set[str]] = [
     {"adapters"},
     {"callbacks", "training"},
     {"demo", "sweeps"},
-    {"console", "console_training"},
+    {"console"},
+    {"console_training"},
     {"cli"},
     {"__main__"},
 ]

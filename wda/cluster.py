@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r"(tcp|tls)://\S+:\d+")
 _SECONDS_TO_CONNECT = 20
 
 # Of processes here: one thread each. Dask's own settings would also give memory back at every turn,
-# and a training that asks for it again at every turn takes half as long again.
+# and a training that asks for it again at every turn takes a third longer.
 _ENVIRONMENT = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
 
 

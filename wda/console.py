@@ -46,13 +46,19 @@ def show_statistics(statistics: pd.DataFrame, as_json: bool) -> None:
     for row in rows:
         cells = [_SHOWN[name](row) or "–" for name in numbers]
         shown.add_row(*(escape(str(row[name])) for name in (*words, "n")), *cells)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # in a file there is room
+    console = roomy_console(120)
     console.print(shown)
     for row in rows:
         where = ", ".join(str(row[name]) for name in words if name != "method")
         console.print(f"{escape(where)}: {escape(str(row['reading']))}", soft_wrap=True)
+
+
+def roomy_console(width: int) -> Console:
+    """Give what a person's tables are printed on; in a file there is room for so many letters."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 def show_plan(readings: Sequence[Reading], as_json: bool) -> None:

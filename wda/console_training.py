@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from typer import echo
 
+from wda.console import roomy_console
 from wda.progress import duration
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def show_counts(counts: Sequence[tuple[Planned, Count]], as_json: bool) -> None:
     for run, count in counts:
         numbers = (f"{count.trainable:,}", f"{count.parameters:,}", f"{count.share:.4%}")
         shown.add_row(escape(run.name), escape(run.recipe.base), run.recipe.method, *numbers)
-    _wide().print(shown)
+    roomy_console(160).print(shown)
 
 
 def show_dry_run(recipe: Recipe, found: DryRun) -> None:
@@ -97,7 +97,7 @@ def show_sweep(table: pd.DataFrame, varied: Sequence[str]) -> None:
             "–" if math.isnan(row[name]) else f"{row[name]:{d}}" for name, d in _OF_SWEEP.items()
         ]
         shown.add_row(*map(escape, cells), *numbers)
-    console = _wide()
+    console = roomy_console(160)
     console.print(shown)
     for row in ordered[ordered["error"] != ""].to_dict("records"):
         console.print(
@@ -108,13 +108,6 @@ def show_sweep(table: pd.DataFrame, varied: Sequence[str]) -> None:
 def _word(value: Any) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     return "–" if missing else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _wide() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # in a file there is room
-    return console
 
 
 # What a person is shown of a sweep's runs, and with how many digits.

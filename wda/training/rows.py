@@ -88,7 +88,7 @@ def is_elsewhere(source: DataSource) -> bool:
 
 
 def columns_elsewhere(source: DataSource) -> list[str]:
-    """Read the names of the columns of data elsewhere from their first row, fetching no more.
+    """Read the names of the columns of data elsewhere from their beginning alone.
 
     Raises
     ------

@@ -104,7 +104,7 @@ def answer_greedily(
         One for each; None where it writes none of the choices.
     """
     written: dict[int, str] = {}
-    for part in _batches(questions, batch):
+    for part in _batches([len(question.prompt) for question in questions], batch):
         given = _given(model, tokenizer, [questions[i].prompt for i in part], longest)
         out = model.generate(
             **given,
@@ -167,9 +167,9 @@ def _given(model: Any, tokenizer: Any, prompts: list[str], longest: int) -> dict
     }
 
 
-def _batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
-    """Put questions of like length together."""
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Put what is of like length together, by its number."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
@@ -182,10 +182,8 @@ def summed_losses(
     model: Any, rows: Sequence[dict[str, Any]], task: Any, collator: Any, batch: int
 ) -> Tensor:
     """Give −log p of the counted tokens of encoded rows, summed for each."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     sums = torch.zeros(len(rows))
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
+    for part in _batches([len(row["input_ids"]) for row in rows], batch):
         inputs = {k: v.to(model.device) for k, v in collator([rows[i] for i in part]).items()}
         losses, _ = task.reduce(model(**inputs).logits, inputs["labels"])
         sums[part] = losses.sum(dim=1).float().cpu()
